@@ -1,0 +1,39 @@
+# make setup | train | test | test-full | check. Each makes the virtual environment first if it is missing or outdated.
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+DATA   ?= glyphs
+STAMP  := $(VENV)/.installed
+
+.DEFAULT_GOAL := setup
+.PHONY: setup train test test-full check clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, $(PYTHON) is " + sys.version.split()[0])'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $(STAMP)
+
+train: $(STAMP)
+ifeq ($(DATA),omniglot)
+	$(BIN)/imaml prepare omniglot --out data/omniglot $(if $(OMNIGLOT),--source '$(OMNIGLOT)')
+else
+	$(BIN)/imaml prepare $(DATA) --out data/$(DATA)
+endif
+	$(BIN)/imaml train pipelines/configs/$(DATA).yaml --run-dir runs/$(DATA)
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -m 'not slow and not netns and not ceph and not gpu'
+
+test-full: $(STAMP)
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache

@@ -1,0 +1,106 @@
+"""The implicit meta-gradient: differentiate the *solution* of the inner problem, not the path to it.
+
+At the minimiser phi of `G(phi, theta) = L_support(phi) + 1/2 (phi - theta)' Lambda (phi - theta)` the implicit
+function theorem gives `d phi / d theta = (H + Lambda)^-1 Lambda`, with H the Hessian of the support loss at phi. The
+meta-gradient of a task is therefore
+
+    g = Lambda u,   (H + Lambda) u = v,   v = grad L_query(phi),
+
+the symmetric form of the paper's `(I + H / lambda)^-1 v` (eq. 5-7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from imaml_dist.core.curvature import Matvec, Objective, hessian_operator
+from imaml_dist.core.linear.solution import LinearSolution, Outcome
+from imaml_dist.core.proximal import Proximal
+
+Solve = Callable[[Matvec, Tensor], LinearSolution]
+"""A linear solver with its options bound: `(matvec, b) -> LinearSolution`."""
+
+
+@dataclass(frozen=True)
+class MetaGradient:
+    """Per-task meta-gradients and what they were made of.
+
+    Attributes:
+        gradient: `[T, P]`, g.
+        first_order: `[T, P]`, v, the query gradient at phi; equal to g in first-order methods.
+        query_loss: `[T]`.
+        solution: the linear solve behind g, whose `value` is u; None in methods without one.
+    """
+
+    gradient: Tensor
+    first_order: Tensor
+    query_loss: Tensor
+    solution: LinearSolution | None
+
+
+def query_gradient(query_loss: Objective, adapted: Tensor) -> tuple[Tensor, Tensor]:
+    """`(L_query(phi), v = grad L_query(phi))`, `[T]` and `[T, P]`, from one forward and one backward pass."""
+    with torch.enable_grad():
+        phi = adapted.detach().requires_grad_(True)
+        losses = query_loss(phi)
+        (v,) = torch.autograd.grad(losses.sum(), phi)
+    return losses.detach(), v
+
+
+def implicit_meta_gradient(
+    support_loss: Objective,
+    query_loss: Objective,
+    adapted: Tensor,
+    anchor: Tensor,
+    *,
+    proximal: Proximal,
+    solve: Solve,
+    curvature: Matvec | None = None,
+    damping: float = 0.0,
+) -> MetaGradient:
+    """Implicit meta-gradients `g_t = Lambda u_t`, `(H_t + Lambda + mu I) u_t = v_t`, for T tasks at once.
+
+    Exact up to the solver's residual when phi is the minimiser of the inner problem; away from it the error is
+    bounded by theorem 1 of the paper, so watch the inner solve's stationarity. The gradient with respect to Lambda
+    itself is `proximal.gradient(u, adapted - anchor)`, from the same solve.
+
+    Where the solver meets negative curvature in its first step no system has been solved at all and `u` is the zero
+    start: the task then gets the first-order direction `g = v`, its outcome and residual say so.
+
+    Args:
+        support_loss: `[T, P] -> [T]`; its Hessian is the curvature unless `curvature` is given.
+        query_loss: `[T, P] -> [T]`.
+        adapted: phi, `[T, P]`.
+        anchor: theta, `[T, P]`; must not depend on phi.
+        proximal: Lambda.
+        solve: linear solver, for example `functools.partial(conjugate_gradient, max_iterations=5)`.
+        curvature: products with another curvature of the support loss at phi (Gauss-Newton).
+        damping: mu >= 0, added for stability to the system only: `g` stays `Lambda u`. As mu grows, g turns towards v.
+
+    Returns:
+        MetaGradient, rows in task order.
+
+    Raises:
+        ValueError: `damping` < 0, or phi and theta differ in shape.
+
+    Source: iMAML eq. 5-7, lemma 1, algorithm 2.
+    """
+    if damping < 0:
+        raise ValueError(f"damping must not be negative, got {damping}")
+    if adapted.shape != anchor.shape:
+        raise ValueError(f"adapted {tuple(adapted.shape)} and anchor {tuple(anchor.shape)} differ in shape")
+    losses, v = query_gradient(query_loss, adapted)
+    hessian = hessian_operator(support_loss, adapted) if curvature is None else curvature
+
+    def system(p: Tensor) -> Tensor:
+        ap = hessian(p) + proximal.apply(p)
+        return ap + damping * p if damping else ap
+
+    solution = solve(system, v)
+    unsolved = (solution.outcome == Outcome.NEGATIVE_CURVATURE) & (solution.iterations == 0)
+    gradient = torch.where(unsolved[:, None], v, proximal.apply(solution.value))
+    return MetaGradient(gradient=gradient, first_order=v, query_loss=losses, solution=solution)

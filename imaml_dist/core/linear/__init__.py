@@ -1,0 +1,1 @@
+"""Linear solvers for symmetric systems, batched over tasks; one solver per file."""

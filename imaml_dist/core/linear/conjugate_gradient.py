@@ -1,0 +1,111 @@
+"""Conjugate gradient for T symmetric systems at once, truncated at negative curvature.
+
+Differences from the textbook routine (Hestenes and Stiefel 1952; Nocedal and Wright, algorithm 5.2):
+
+1. Tasks are rows. A task that has ended is frozen by a mask; the others go on. Nothing is read back from the device
+   inside the loop, so a GPU never waits for the host.
+2. Before every step the curvature `p'Ap` is tested. Where it is not positive, A is not positive definite and the step
+   would climb: the task keeps the iterate it has (Steihaug 1983).
+3. The residual reported is the true one, from a product of its own after the last step.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imaml_dist.core.curvature import Matvec
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, dot, relative_residual
+
+
+def conjugate_gradient(
+    matvec: Matvec,
+    b: Tensor,
+    *,
+    max_iterations: int,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    x0: Tensor | None = None,
+    preconditioner: Matvec | None = None,
+) -> LinearSolution:
+    """Solve `A_t x_t = b_t` for every task t, A symmetric positive definite.
+
+    Minimises `1/2 x'Ax - b'x` over the Krylov space (eq. 7 of the paper). A task ends when
+    `||r|| <= max(rtol ||b||, atol)`, when it meets `p'Ap <= eps ||p|| ||Ap||`, when a number is not finite, or after
+    `max_iterations` steps. Cost: one product a step, one more for the true residual, and one if `x0` is given.
+
+    Args:
+        matvec: `[T, P] -> [T, P]`, linear and symmetric, row t depending on row t only.
+        b: `[T, P]`.
+        max_iterations: steps at most, >= 1.
+        rtol: relative tolerance on the residual norm, >= 0; 0 with `atol` 0 spends the whole budget unless r = 0.
+        atol: absolute tolerance on the residual norm, >= 0.
+        x0: `[T, P]`, start; zero when None.
+        preconditioner: `[T, P] -> [T, P]`, an approximation of A's inverse, symmetric positive definite.
+
+    Returns:
+        LinearSolution. With outcome NEGATIVE_CURVATURE and 0 iterations `value` is the start itself.
+
+    Raises:
+        ValueError: `max_iterations` < 1, a negative tolerance, or shapes that differ.
+
+    Source: iMAML section 3.2, eq. 7; Steihaug (1983); Shewchuk, "painless conjugate gradient" (1994), B2-B3.
+    """
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    if rtol < 0 or atol < 0:
+        raise ValueError(f"tolerances must not be negative, got rtol={rtol}, atol={atol}")
+    if b.dim() != 2 or (x0 is not None and x0.shape != b.shape):
+        raise ValueError(
+            f"b must be [T, P] and x0 of its shape, got {tuple(b.shape)}, {x0 if x0 is None else x0.shape}"
+        )
+
+    tiny = torch.finfo(b.dtype).eps
+    running, negative = int(Outcome.MAX_ITERATIONS), int(Outcome.NEGATIVE_CURVATURE)
+    threshold = torch.clamp(rtol * torch.linalg.vector_norm(b, dim=-1), min=atol)
+
+    x = torch.zeros_like(b) if x0 is None else x0.clone()
+    r = b.clone() if x0 is None else b - matvec(x0)
+    z = r if preconditioner is None else preconditioner(r)
+    p, rz = z, dot(r, z)
+    finite = rz.isfinite()
+    done = torch.linalg.vector_norm(r, dim=-1) <= threshold
+    active = finite & ~done
+    outcome = torch.full_like(rz, running, dtype=torch.int64)
+    outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
+    outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
+    iterations = torch.zeros_like(outcome)
+    # On the CPU reading a flag costs nothing and a finished batch can leave early; the frozen rows make it the same result.
+    on_host = b.device.type == "cpu"
+
+    for _ in range(max_iterations):
+        if on_host and not bool(active.any()):
+            break
+        # Frozen tasks get a zero direction: whatever they met cannot reach the others through shared arithmetic.
+        p = torch.where(active[:, None], p, 0.0)
+        ap = matvec(p)
+        curvature = dot(p, ap)
+        scale = torch.linalg.vector_norm(p, dim=-1) * torch.linalg.vector_norm(ap, dim=-1)
+        finite = curvature.isfinite() & scale.isfinite()
+        descends = curvature > tiny * scale
+        outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
+        outcome = torch.where(active & finite & ~descends, negative, outcome)
+        active = active & finite & descends
+
+        alpha = torch.where(active, rz / curvature, 0.0)[:, None]
+        x_next, r_next = x + alpha * p, r - alpha * ap
+        z_next = r_next if preconditioner is None else preconditioner(r_next)
+        rz_next = dot(r_next, z_next)
+        finite = rz_next.isfinite()
+        outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
+        active = active & finite
+
+        x, r = torch.where(active[:, None], x_next, x), torch.where(active[:, None], r_next, r)
+        iterations = iterations + active
+        done = active & (torch.linalg.vector_norm(r, dim=-1) <= threshold)
+        outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
+        active = active & ~done
+        p = z_next + torch.where(active, rz_next / rz, 0.0)[:, None] * p
+        rz = torch.where(active, rz_next, rz)
+
+    return LinearSolution(value=x, outcome=outcome, iterations=iterations, residual=relative_residual(matvec, b, x))

@@ -1,0 +1,115 @@
+"""Episodes drawn from a data set: task t of meta-step s is the same on every machine and in every order."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.philox import Domain, Stream
+from imaml_dist.data.records import Images
+from imaml_dist.errors import ConfigError
+from imaml_dist.tasks.episode import EpisodeBatch
+
+DOMAINS = {"train": Domain.TRAIN, "val": Domain.VAL, "test": Domain.TEST}
+
+
+def draw_episode(
+    seed: int, domain: int, step: int, task: int, counts: list[int], *, way: int, shot: int, query: int
+) -> tuple[list[int], list[list[int]]]:
+    """Class ids and image numbers of one N-way K-shot episode.
+
+    Classes are drawn without replacement; then, per class in drawn order, K + Q distinct images, of which the first K
+    are the support. The label of a class is its position in drawn order.
+
+    Args:
+        seed, domain, step, task: the stream's key and counter (`philox.Stream`).
+        counts: number of images of every class in canonical order.
+        way: N. shot: K. query: Q per class.
+
+    Returns:
+        N class ids, and for each the K + Q image numbers.
+    """
+    stream = Stream(seed, domain, step, task)
+    classes = stream.sample(len(counts), way)
+    return classes, [stream.sample(counts[c], shot + query) for c in classes]
+
+
+class EpisodeSource:
+    """A `TaskSource` over one split of a data set.
+
+    Pixels come out as float32 in [0, 1], 1 being full ink, `[T, n, C, H, W]`; samples are ordered by class.
+
+    Args:
+        dataset: opened data set.
+        split: train, val or test.
+        way: N. shot: K. query: Q per class.
+        seed: of all draws.
+
+    Raises:
+        ConfigError: more ways than classes, or K + Q larger than the smallest class.
+        DataError: no such split.
+    """
+
+    def __init__(self, dataset: Dataset, split: str, *, way: int, shot: int, query: int, seed: int) -> None:
+        self._dataset, self._split = dataset, split
+        self._way, self._shot, self._query, self._seed = way, shot, query, seed
+        self._classes = dataset.classes(split)
+        self._counts = [c.shape[0] for c in self._classes]
+        if way > len(self._classes):
+            raise ConfigError(
+                f"data.way: {way} classes per episode, but the {split} split of {dataset.url} has {len(self._classes)}; "
+                f"choose 2 to {len(self._classes)}"
+            )
+        if shot + query > min(self._counts):
+            raise ConfigError(
+                f"data.shot + query: {shot} + {query} images per class, but the smallest class of the {split} split of "
+                f"{dataset.url} has {min(self._counts)}; choose fewer"
+            )
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)`."""
+        return self._dataset.index.image_shape
+
+    def draw(self, step: int, task: int) -> tuple[list[int], list[list[int]]]:
+        """Class ids and image numbers of a task."""
+        return draw_episode(
+            self._seed,
+            DOMAINS[self._split],
+            step,
+            task,
+            self._counts,
+            way=self._way,
+            shot=self._shot,
+            query=self._query,
+        )
+
+    def class_key(self, class_id: int) -> str:
+        """The key of a class by its canonical id."""
+        return self._classes[class_id].key
+
+    def episodes(self, step: int, tasks: range) -> EpisodeBatch:
+        """See `TaskSource.episodes`."""
+        support, query = [], []
+        for task in tasks:
+            classes, numbers = self.draw(step, task)
+            images = [self._dataset.images(self._classes[c])[n] for c, n in zip(classes, numbers, strict=True)]
+            support.append(np.concatenate([i[: self._shot] for i in images]))
+            query.append(np.concatenate([i[self._shot :] for i in images]))
+        return EpisodeBatch(
+            support_x=_pixels(support),
+            support_y=self._labels(len(tasks), self._shot),
+            query_x=_pixels(query),
+            query_y=self._labels(len(tasks), self._query),
+            index=torch.tensor(list(tasks), dtype=torch.int64),
+        )
+
+    def _labels(self, tasks: int, per_class: int) -> Tensor:
+        return torch.arange(self._way).repeat_interleave(per_class).repeat(tasks, 1)
+
+
+def _pixels(episodes: list[Images]) -> Tensor:
+    """uint8 `[n, H, W, C]` per task -> float32 `[T, n, C, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.stack(episodes)).permute(0, 1, 4, 2, 3).to(torch.float32).div_(255.0).contiguous()

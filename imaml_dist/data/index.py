@@ -1,0 +1,163 @@
+"""`index.json`: what is in a data set, where every byte of it lies, and how to recognise it.
+
+    {format, version, name, provenance, image: [H, W, C],
+     shards: [{name, size, sha256}],
+     splits: {train: [{key, shard, offset, header, shape, crc32, rot?}], val: [...], test: [...]},
+     fingerprint}
+
+Classes are listed in bytewise order of their keys; the rank in that list is the canonical class id. `offset` is the
+byte at which the class's `images.npy` member begins inside the shard and `header` the length of its npy header, so
+pixel bytes are read in place. The fingerprint is the sha256 of everything else in canonical JSON: relative names and
+digests only, so copies on different storage agree.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from imaml_dist.errors import DataError
+
+FORMAT = "imaml-class-records"
+VERSION = 1
+FILE_NAME = "index.json"
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True)
+class ShardEntry:
+    """A tar file: name relative to the index, size in bytes, sha256 in hex."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ClassEntry:
+    """A class: where its images lie.
+
+    Attributes:
+        key: unique within the split.
+        shard: position in the list of shards.
+        offset: byte of the shard at which `images.npy` begins.
+        header: bytes of the npy header; pixels begin at `offset + header`.
+        shape: `(n, H, W, C)`, uint8.
+        crc32: of the pixel bytes.
+        rot: quarter turns counter-clockwise applied when reading; a derived class shares its source's bytes.
+    """
+
+    key: str
+    shard: int
+    offset: int
+    header: int
+    shape: tuple[int, int, int, int]
+    crc32: int
+    rot: int = 0
+
+
+@dataclass(frozen=True)
+class Index:
+    """A whole data set."""
+
+    name: str
+    provenance: dict[str, Any]
+    shards: tuple[ShardEntry, ...]
+    splits: dict[str, tuple[ClassEntry, ...]]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """`(C, H, W)`, as networks take it."""
+        _, height, width, channels = next(c for split in self.splits.values() for c in split).shape
+        return channels, height, width
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 in hex of the canonical JSON of everything."""
+        return hashlib.sha256(_canonical(self._as_dict())).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of `index.json`."""
+        return json.dumps({**self._as_dict(), "fingerprint": self.fingerprint}, indent=1, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str | bytes, where: str) -> Index:
+        """Read an index; `where` names it in errors.
+
+        Raises:
+            DataError: not JSON, another format or version, a missing field, unsorted keys, or a wrong fingerprint.
+        """
+        try:
+            raw = json.loads(text)
+            if raw["format"] != FORMAT or raw["version"] != VERSION:
+                raise DataError(
+                    f"{where}: format {raw['format']!r} version {raw['version']!r} is not {FORMAT!r} version {VERSION}"
+                )
+            index = Index(
+                name=str(raw["name"]),
+                provenance=dict(raw["provenance"]),
+                shards=tuple(ShardEntry(str(s["name"]), int(s["size"]), str(s["sha256"])) for s in raw["shards"]),
+                splits={
+                    str(split): tuple(_class_entry(c) for c in classes) for split, classes in raw["splits"].items()
+                },
+            )
+            claimed = raw["fingerprint"]
+            computed = index.fingerprint
+            _check(index, where)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise DataError(
+                f"{where} is not a readable index ({type(error).__name__}: {error}); prepare the data set again"
+            ) from error
+        if claimed != computed:
+            raise DataError(
+                f"{where}: the fingerprint says {str(claimed)[:12]}, the content has {computed[:12]}; "
+                "the file was changed by hand or damaged: prepare the data set again"
+            )
+        return index
+
+    def _as_dict(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "name": self.name,
+            "provenance": self.provenance,
+            "shards": [asdict(s) for s in self.shards],
+            "splits": {split: [asdict(c) for c in classes] for split, classes in self.splits.items()},
+        }
+
+
+def _class_entry(raw: dict[str, Any]) -> ClassEntry:
+    n, height, width, channels = (int(v) for v in raw["shape"])
+    return ClassEntry(
+        key=str(raw["key"]),
+        shard=int(raw["shard"]),
+        offset=int(raw["offset"]),
+        header=int(raw["header"]),
+        shape=(n, height, width, channels),
+        crc32=int(raw["crc32"]),
+        rot=int(raw["rot"]),
+    )
+
+
+def _check(index: Index, where: str) -> None:
+    if not any(index.splits.values()):
+        raise DataError(f"{where} lists no class; prepare the data set again")
+    for shard in index.shards:
+        if "/" in shard.name or "\\" in shard.name or shard.name.startswith("."):
+            raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
+    for split, classes in index.splits.items():
+        keys = [c.key.encode() for c in classes]
+        if keys != sorted(set(keys)):
+            raise DataError(f"{where}: the classes of split {split!r} are not in strict bytewise order of their keys")
+        for entry in classes:
+            end = entry.offset + entry.header + entry.shape[0] * entry.shape[1] * entry.shape[2] * entry.shape[3]
+            if not 0 <= entry.shard < len(index.shards) or min(entry.offset, entry.header, *entry.shape) < 0:
+                raise DataError(f"{where}: class {entry.key!r} has an impossible place or shape")
+            if end > index.shards[entry.shard].size:
+                raise DataError(f"{where}: class {entry.key!r} ends at byte {end}, behind the end of its shard")
+
+
+def _canonical(value: dict[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

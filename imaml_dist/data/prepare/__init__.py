@@ -1,0 +1,1 @@
+"""Raw images -> class records; one source per file."""

@@ -1,0 +1,116 @@
+"""Configuration -> the objects of a run: model, algorithm, learner, data; the same on every worker."""
+
+from __future__ import annotations
+
+import importlib
+
+import torch
+from torch import nn
+
+from imaml_dist.algorithms.learner import Execution, MetaLearner
+from imaml_dist.algorithms.records import FOMAML, IMAML, Algorithm, ConjugateGradient, GradientDescent
+from imaml_dist.config.schema import (
+    AlgorithmConfig,
+    Conv4Config,
+    ExperimentConfig,
+    IMAMLConfig,
+    MLPConfig,
+    ModelConfig,
+    UserModelConfig,
+)
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.episodes import EpisodeSource
+from imaml_dist.errors import ConfigError
+from imaml_dist.models.conv4 import Conv4
+from imaml_dist.models.mlp import MLP
+
+
+def resolve(config: ExperimentConfig, *, cuda: bool) -> ExperimentConfig:
+    """Replace every `auto` by what it means here, so that the run's configuration says what it did.
+
+    Args:
+        config: as the user wrote it.
+        cuda: whether the workers can have a GPU.
+
+    Raises:
+        ConfigError: a GPU is asked for and there is none.
+    """
+    run = config.run
+    device = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
+    if device == "cuda" and not cuda:
+        raise ConfigError("run.device: cuda given, but no GPU is visible here; use cpu or auto")
+    execution = "vmap" if run.execution == "auto" else run.execution
+    return config.model_copy(update={"run": run.model_copy(update={"device": device, "execution": execution})})
+
+
+def make_model(model: ModelConfig, image_shape: tuple[int, int, int], way: int, seed: int) -> nn.Module:
+    """The network, initialised from `seed` alone; the global random state is left as it was.
+
+    Raises:
+        ConfigError: the network does not fit the images, or a user's factory cannot be imported or called.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            if isinstance(model, Conv4Config):
+                return Conv4(image_shape, way, model.channels)
+            if isinstance(model, MLPConfig):
+                return MLP(image_shape, way, model.hidden)
+            return _from_factory(model, image_shape, way)
+        except ValueError as error:
+            raise ConfigError(f"model: {error}") from error
+
+
+def _from_factory(model: UserModelConfig, image_shape: tuple[int, int, int], way: int) -> nn.Module:
+    module_name, _, function = model.kind.partition(":")
+    try:
+        made = getattr(importlib.import_module(module_name), function)(
+            image_shape=image_shape, way=way, **model.options
+        )
+    except (ImportError, AttributeError, TypeError) as error:
+        raise ConfigError(
+            f"model.kind: {model.kind!r} cannot be used ({type(error).__name__}: {error}); it must be an importable function "
+            "called as factory(image_shape=(C, H, W), way=N, **other model fields)"
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError(f"model.kind: {model.kind!r} returned {type(made).__name__}, expected a torch.nn.Module")
+    return made
+
+
+def make_algorithm(config: AlgorithmConfig) -> Algorithm:
+    """The algorithm's record."""
+    inner = GradientDescent(lr=config.inner.lr, steps=config.inner.steps)
+    if not isinstance(config, IMAMLConfig):
+        return FOMAML(inner)
+    solver = ConjugateGradient(
+        max_iterations=config.solver.max_iterations,
+        operator=config.solver.operator,
+        rtol=config.solver.rtol,
+        damping=config.solver.damping,
+        on_negative_curvature=config.solver.on_negative_curvature,
+    )
+    return IMAML(lam=config.lam, inner=inner, solver=solver)
+
+
+def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
+    """The learner at its initial meta-parameters, on the run's device.
+
+    Raises:
+        ConfigError: see `make_model`.
+        ModelError: the network cannot be meta-trained.
+    """
+    model = make_model(config.model, image_shape, config.data.way, config.run.seed).to(config.run.device)
+    execution: Execution = "loop" if config.run.execution == "loop" else "vmap"
+    return MetaLearner(model, make_algorithm(config.algorithm), execution=execution)
+
+
+def make_source(config: ExperimentConfig, dataset: Dataset, split: str) -> EpisodeSource:
+    """Episodes of a split; the test split with the evaluation's number of queries.
+
+    Raises:
+        ConfigError: more ways or images per class than the split has.
+        DataError: no such split.
+    """
+    data = config.data
+    query = config.evaluate.query if split == "test" else data.query
+    return EpisodeSource(dataset, split, way=data.way, shot=data.shot, query=query, seed=config.run.seed)

@@ -1,0 +1,13 @@
+"""The local backend: one worker in this very process, without Ray."""
+
+from __future__ import annotations
+
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.distributed.reduction import Alone
+from imaml_dist.distributed.worker import Stop, Worker
+from imaml_dist.training.run_directory import RunDirectory
+
+
+def train_local(config: ExperimentConfig, run: RunDirectory) -> Stop:
+    """Train to the end of the configuration or until a stop is requested. Raises what `Worker.run_to_end` raises."""
+    return Worker(config, run, Alone()).run_to_end()

@@ -1,0 +1,87 @@
+"""Accuracy on unseen tasks, computed by all workers together, and the meta-test that ends a run."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed.build import make_learner, make_source
+from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.reduction import Group, gather_chunks
+from imaml_dist.tasks.episode import TaskSource
+from imaml_dist.training import checkpoints
+from imaml_dist.training.evaluation import TASKS_AT_ONCE, Evaluation, predict_queries, task_accuracies
+from imaml_dist.training.run_directory import RunDirectory
+
+
+def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, tasks: int) -> Evaluation:
+    """`training.evaluation.evaluate`, its chunks dealt to the workers; the same result on every rank and number of ranks."""
+    device = next(learner.model.parameters()).device
+    chunks = chunks_of(tasks, TASKS_AT_ONCE)
+    dealt = dealt_to(group.rank, group.world, len(chunks))
+    mine = torch.zeros(len(dealt), TASKS_AT_ONCE, dtype=torch.float64)
+    for row, number in enumerate(dealt):
+        accuracies = task_accuracies(learner, source.episodes(0, chunks[number]).to(device))
+        mine[row, : len(accuracies)] = accuracies.cpu()
+    rows = gather_chunks(group, mine, len(chunks)).tolist()
+    return Evaluation.of([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
+
+
+def meta_test(
+    config: ExperimentConfig, run: RunDirectory, group: Group, dataset: Dataset, split: str = "test"
+) -> dict[str, Any]:
+    """Evaluate the best checkpoint beside the same network without meta-training, adapted the same way.
+
+    Rank 0 writes the result to `evaluation.json`, with one episode and its predictions for people to look at.
+
+    Returns:
+        `{split, way, shot, query, tasks, step, trained, untrained, episode}`; the same on every rank but for `episode`,
+        which only rank 0 has.
+
+    Raises:
+        CheckpointError: no checkpoint, or the best one does not verify.
+        ConfigError, DataError: the split does not have such episodes.
+    """
+    source = make_source(config, dataset, split)
+    untrained = make_learner(config, source.image_shape)
+    trained = make_learner(config, source.image_shape)
+    tensors, facts = checkpoints.load(run.best_checkpoint())
+    trained.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    before = shared_accuracy(group, untrained, source, config.evaluate.tasks)
+    after = shared_accuracy(group, trained, source, config.evaluate.tasks)
+    result: dict[str, Any] = {
+        "split": split,
+        "way": config.data.way,
+        "shot": config.data.shot,
+        "query": config.evaluate.query,
+        "tasks": config.evaluate.tasks,
+        "step": facts["ledger"]["steps"],
+        "trained": vars(after),
+        "untrained": vars(before),
+    }
+    if group.rank == 0:
+        episodes = source.episodes(0, range(1)).to(config.run.device)
+        classes, _ = source.draw(0, 0)
+        result["episode"] = {
+            "classes": [source.class_key(c) for c in classes],
+            "shape": [source.image_shape[1], source.image_shape[2], source.image_shape[0]],
+            "support": _pixels(episodes.support_x[0]),
+            "support_labels": episodes.support_y[0].tolist(),
+            "query": _pixels(episodes.query_x[0]),
+            "query_labels": episodes.query_y[0].tolist(),
+            "predictions": predict_queries(trained, episodes)[0].tolist(),
+            "untrained_predictions": predict_queries(untrained, episodes)[0].tolist(),
+        }
+        run.write_json(run.evaluation_file, result)
+    return result
+
+
+def _pixels(images: Tensor) -> str:
+    """`[n, C, H, W]` in [0, 1] -> base64 of uint8 `[n, H, W, C]`."""
+    return base64.b64encode((images * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy().tobytes()).decode()

@@ -1,0 +1,262 @@
+"""The training loop of one worker: the same code for one process, for many, and for Ray actors.
+
+Every worker holds the whole meta-state and steps it alike. A meta-step is: adapt the tasks of the chunks dealt to this
+rank, solve for their meta-gradients, sum over all ranks, step. Rank 0 writes metrics and checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from enum import IntEnum
+
+import torch
+from torch import Tensor
+
+from imaml_dist.algorithms.learner import NO_SOLVE, MetaLearner, TaskRecord
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.core.outcome import TaskOutcome
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed.build import make_learner, make_source
+from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
+from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.errors import CheckpointError, StorageError, TrainingError
+from imaml_dist.tracking import metrics_file
+from imaml_dist.training import checkpoints
+from imaml_dist.training.outer import clip_norm, learning_rate, make_optimizer
+from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.state import Best, MetaState
+
+GIVE_UP_AFTER = 10
+"""Meta-steps in a row without a single usable task, after which training gives up."""
+
+
+class Stop(IntEnum):
+    """Why the loop ended."""
+
+    NOT_YET = 0
+    STEPS = 1
+    SECONDS = 2
+    INTERRUPTED = 3
+
+
+class Worker:
+    """One rank of a training run.
+
+    Args:
+        config: resolved configuration.
+        run: the run's directory, begun, on storage that all ranks share.
+        group: the workers.
+    """
+
+    def __init__(self, config: ExperimentConfig, run: RunDirectory, group: Group) -> None:
+        _make_deterministic(config)
+        self.config, self.run, self.group = config, run, group
+        self.dataset = Dataset(config.data.url)
+        self.train_source = make_source(config, self.dataset, "train")
+        self.val_source = make_source(config, self.dataset, "val") if config.validation.tasks else None
+        self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
+        self.state = MetaState(self.learner.model, make_optimizer(self.learner.model, config.outer))
+        self.chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
+        self.skipped_in_a_row = 0
+
+    def run_to_end(self) -> Stop:
+        """Train until the configured end or a request to stop, then meta-test unless interrupted.
+
+        The final state is in the newest checkpoint, the result of the meta-test in `evaluation.json`.
+
+        Raises:
+            TrainingError: too many steps in a row had no usable task.
+            StorageError: a checkpoint cannot be written.
+            CheckpointError: no checkpoint of an earlier start verifies.
+        """
+        stop = self._train()
+        if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:
+            meta_test(self.config, self.run, self.group, self.dataset)
+        return stop
+
+    def _train(self) -> Stop:
+        self._resume()
+        began, earlier = time.monotonic(), self.state.seconds
+        stop = self._agree(self._should_stop())
+        while stop is Stop.NOT_YET:
+            record = self._meta_step(self.state.step)
+            self.state.seconds = earlier + time.monotonic() - began
+            stop = self._agree(self._should_stop())
+            if self.state.step % self.config.validation.every == 0 or stop in (Stop.STEPS, Stop.SECONDS):
+                self._validate(record)
+            self.state.seconds = earlier + time.monotonic() - began
+            self._write(record, stop)
+        return stop
+
+    def _resume(self) -> None:
+        found = self._newest_checkpoint()
+        if found >= 0:
+            self.state.restore(*checkpoints.load(self.run.checkpoints / f"step-{found:08d}"))
+        pids = [int(p[0]) for p in self.group.gather(torch.tensor([os.getpid()], dtype=torch.float64))]
+        if self.group.rank == 0:
+            metrics_file.rewind(self.run.metrics_file, self.state.step)
+            self.run.record_start({"step": self.state.step, "world_size": self.group.world, "pids": pids})
+
+    def _newest_checkpoint(self) -> int:
+        """Step of the newest checkpoint that verifies, chosen by rank 0 for all; -1 if there is none."""
+        step, error = -1, None
+        if self.group.rank == 0:
+            try:
+                loaded = checkpoints.load_newest(self.run.checkpoints)
+                step = -1 if loaded is None else int(loaded[1]["ledger"]["steps"])
+            except CheckpointError as caught:
+                step, error = -2, caught
+        step = int(self.group.gather(torch.tensor([step], dtype=torch.float64))[0])
+        if step == -2:
+            raise error or CheckpointError(f"no checkpoint in {self.run.checkpoints} verifies; start over with --fresh")
+        return step
+
+    def _should_stop(self) -> Stop:
+        """This rank's opinion; `_agree` makes one of all."""
+        if self.state.step >= self.config.run.steps:
+            return Stop.STEPS
+        if self.group.rank == 0 and self.run.stop_file.exists():
+            return Stop.INTERRUPTED
+        limit = self.config.run.max_seconds
+        if limit is not None and self.group.rank == 0 and self.state.seconds >= limit:
+            return Stop.SECONDS
+        return Stop.NOT_YET
+
+    def _agree(self, mine: Stop) -> Stop:
+        opinions = self.group.gather(torch.tensor([int(mine)], dtype=torch.float64))
+        return Stop(int(max(float(o) for o in opinions)))
+
+    def _meta_step(self, step: int) -> metrics_file.Record:
+        """Compute, reduce and apply one meta-step; returns its record."""
+        clock = time.perf_counter()
+        seconds = {"data": 0.0, "inner": 0.0, "solve": 0.0}
+        gradients, rows = [], []
+        for number in dealt_to(self.group.rank, self.group.world, len(self.chunks)):
+            fetch = time.perf_counter()
+            episodes = self.train_source.episodes(step, self.chunks[number]).to(self.config.run.device)
+            seconds["data"] += time.perf_counter() - fetch
+            out = self.learner.task_gradients(episodes)
+            for phase, spent in out.seconds.items():
+                seconds[phase] += spent
+            gradients.append(tree_sum(out.rows))
+            rows.append(out.tasks.to_rows())
+
+        reduce = time.perf_counter()
+        size = self.learner.functional.layout.size
+        device, count = self.config.run.device, len(self.chunks)
+        mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=device)
+        facts = (
+            torch.stack(rows)
+            if rows
+            else torch.zeros(0, self.config.run.chunk, len(TaskRecord.names()), device=device).double()
+        )
+        exact = self.config.run.reduction == "exact"
+        total = exact_sum(self.group, mine, count) if exact else fast_sum(self.group, mine)
+        tasks = TaskRecord.from_rows(gather_chunks(self.group, facts, count).flatten(0, 1).cpu())
+        seconds["reduce"] = time.perf_counter() - reduce
+
+        outer = time.perf_counter()
+        accepted = int((tasks.outcome == int(TaskOutcome.OK)).sum())
+        rate = learning_rate(self.config.outer, step, self.config.run.steps)
+        norm = self._apply(total, accepted, rate)
+        self.state.ledger.commit(step, [int(code) for code in tasks.outcome.tolist()])
+        seconds["outer"] = time.perf_counter() - outer
+        elapsed = time.perf_counter() - clock
+        return {
+            "step": step,
+            "time": time.time(),
+            **_task_metrics(tasks),
+            "grad_norm": norm,
+            "lr": rate,
+            "tasks_per_second": len(tasks.outcome) / elapsed,
+            "seconds_step": elapsed,
+            **{f"seconds_{phase}": value for phase, value in seconds.items()},
+            "world_size": self.group.world,
+        }
+
+    def _apply(self, total: Tensor, accepted: int, rate: float) -> float:
+        """Step the meta-parameters with the mean gradient; a step without a usable task changes nothing."""
+        norm = float("nan")
+        usable = accepted > 0
+        if usable:
+            gradient, norm = clip_norm(total / accepted, self.config.outer.clip)
+            usable = bool(torch.isfinite(gradient).all())
+        self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1
+        if self.skipped_in_a_row >= GIVE_UP_AFTER:
+            codes = Counter(TaskOutcome(code).name for _, _, code in self.state.ledger.excluded)
+            newest = max(checkpoints.steps(self.run.checkpoints), default=None)
+            raise TrainingError(
+                f"{GIVE_UP_AFTER} meta-steps in a row had no usable task (excluded so far: {dict(codes)}); the last good "
+                f"checkpoint is of step {newest}; try a smaller algorithm.inner.lr or outer.lr"
+            )
+        if usable:
+            named = self.learner.functional.layout.unflatten(gradient)
+            for name, parameter in self.learner.model.named_parameters():
+                if name in named:
+                    parameter.grad = named[name]
+            for group in self.state.optimizer.param_groups:
+                group["lr"] = rate
+            self.state.optimizer.step()
+        return norm
+
+    def _validate(self, record: metrics_file.Record) -> None:
+        """Add the validation accuracy to the record, and note the step if it is the best so far."""
+        if self.val_source is None:
+            return
+        result = shared_accuracy(self.group, self.learner, self.val_source, self.config.validation.tasks)
+        record |= {"val_accuracy": result.mean, "val_ci95": result.ci95}
+        if result.mean > self.state.best.accuracy:
+            self.state.best = Best(self.state.step, result.mean)
+
+    def _write(self, record: metrics_file.Record, stop: Stop) -> None:
+        if self.group.rank != 0:
+            return
+        try:
+            metrics_file.append(self.run.metrics_file, record)
+            step = self.state.step
+            due = step % self.config.run.checkpoint_every == 0 or self.state.best.step == step
+            if due or stop is not Stop.NOT_YET:
+                checkpoints.save(self.run.checkpoints, step, self.state.tensors(), self.state.facts())
+                checkpoints.prune(self.run.checkpoints, self.config.run.keep, self.state.best.step)
+        except OSError as error:
+            raise StorageError(
+                f"{self.run.path} cannot be written ({error}); free space and run the same command again to resume"
+            ) from error
+
+
+def _make_deterministic(config: ExperimentConfig) -> None:
+    torch.set_num_threads(config.run.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
+def _task_metrics(tasks: TaskRecord) -> metrics_file.Record:
+    """Means over the accepted tasks, and counts of all outcomes."""
+    ok = tasks.outcome == int(TaskOutcome.OK)
+
+    def mean(values: Tensor) -> float:
+        return float(values[ok].mean()) if bool(ok.any()) else float("nan")
+
+    record: metrics_file.Record = {
+        "meta_loss": mean(tasks.query_loss),
+        "query_accuracy": mean(tasks.query_accuracy),
+        "support_loss": mean(tasks.support_loss),
+        "stationarity": mean(tasks.stationarity),
+        "distance": mean(tasks.distance),
+        "cosine": mean(tasks.cosine),
+        "accepted": int(ok.sum()),
+        "excluded": int((~ok).sum()),
+    }
+    if bool((tasks.cg_outcome != NO_SOLVE).any()):
+        record |= {"cg_residual": mean(tasks.cg_residual), "cg_iterations": mean(tasks.cg_iterations)}
+        record |= {f"cg_{o.name.lower()}": int((tasks.cg_outcome == int(o)).sum()) for o in Outcome}
+    for code in TaskOutcome:
+        if code is not TaskOutcome.OK and bool((tasks.outcome == int(code)).any()):
+            record[f"excluded_{code.name.lower()}"] = int((tasks.outcome == int(code)).sum())
+    return record

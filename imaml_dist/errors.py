@@ -1,0 +1,57 @@
+"""Every error that a user of imaml_dist can meet, and the exit code that goes with it.
+
+A message says where, what was given, what is allowed and what to do. Each class takes that one sentence as its
+only argument, so that every error survives pickling on its way back from a worker process.
+"""
+
+
+class ImamlError(Exception):
+    """Root of all errors raised on purpose; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class InputError(ImamlError):
+    """What the user gave cannot be used: configuration, paths, data, arguments."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A configuration field is misspelt, missing, of the wrong type or out of its range."""
+
+
+class DataError(InputError):
+    """A data set is missing, incomplete or does not match its index."""
+
+
+class ModelError(InputError):
+    """A model cannot be meta-trained as it is; the message names the layer."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint does not verify, or belongs to another configuration."""
+
+
+class OutsideError(ImamlError):
+    """Something outside of the program fails: cluster, storage, tracking server."""
+
+    exit_code = 3
+
+
+class StorageError(OutsideError):
+    """Reading or writing storage failed."""
+
+
+class TrackingError(OutsideError):
+    """The tracking server cannot be reached or refuses."""
+
+
+class ClusterError(OutsideError):
+    """Ray cannot be started or reached, or does not offer what a run needs."""
+
+
+class TrainingError(ImamlError):
+    """Training gave up; the message has the reason and the last good checkpoint."""
+
+    exit_code = 4

@@ -1,0 +1,46 @@
+"""Files on a local or shared file system: URLs to paths, and writes that are whole or absent."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+from imaml_dist.errors import InputError
+
+
+def local_path(url: str | os.PathLike[str]) -> Path:
+    """The path behind a plain path or a `file://` URL.
+
+    Raises:
+        InputError: another scheme.
+    """
+    text = os.fspath(url)
+    parsed = urlparse(text)
+    if parsed.scheme == "file":
+        return Path(unquote(parsed.path))
+    if "://" in text:
+        raise InputError(
+            f"{text}: scheme {parsed.scheme!r} is not supported, only paths and file:// URLs are; copy the data to a local path"
+        )
+    return Path(text)
+
+
+def atomic_write(path: Path, data: bytes) -> None:
+    """Write a file so that readers see the old content or the new, never a part: temporary file, fsync, rename."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    with open(part, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(part, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames in a folder durable."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

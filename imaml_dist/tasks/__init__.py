@@ -1,0 +1,1 @@
+"""Floor 2: what a few-shot task is, as tensors."""

@@ -1,0 +1,1 @@
+"""Floor 2: what a run reports: JSON lines always, MLflow beside them."""

@@ -1,0 +1,65 @@
+"""`metrics.jsonl`: one JSON object a line, one line a meta-step; the record that everything else is fed from."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from imaml_dist.storage.local import atomic_write
+
+Record = dict[str, Any]
+
+
+def append(path: Path, record: Mapping[str, Any]) -> None:
+    """Add a line; numbers that are not finite become null, so that any JSON reader can read the file."""
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(json.dumps(clean, allow_nan=False) + "\n")
+
+
+def read(path: Path) -> list[Record]:
+    """All complete lines; a line that a crash left half written is not one. Empty if there is no file."""
+    return list(_records(path.read_bytes())) if path.is_file() else []
+
+
+def rewind(path: Path, step: int) -> None:
+    """Drop the lines of meta-steps from `step` on: they will be done, and written, again."""
+    kept = [r for r in read(path) if r["step"] < step]
+    atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+
+
+class Follower:
+    """Reads the lines of a growing file as they come; every step at most once, also when the file is rewound."""
+
+    def __init__(self, path: Path, after_step: int = -1) -> None:
+        self._path = path
+        self._position, self._inode = 0, -1
+        self.last_step = after_step
+
+    def poll(self) -> list[Record]:
+        """Records that are new since the last call."""
+        try:
+            stat = self._path.stat()
+        except FileNotFoundError:
+            return []
+        if stat.st_ino != self._inode or stat.st_size < self._position:
+            self._position, self._inode = 0, stat.st_ino
+        if stat.st_size == self._position:
+            return []
+        with open(self._path, "rb") as file:
+            file.seek(self._position)
+            data = file.read()
+        whole = data[: data.rfind(b"\n") + 1]
+        self._position += len(whole)
+        new = [r for r in _records(whole) if r["step"] > self.last_step]
+        if new:
+            self.last_step = new[-1]["step"]
+        return new
+
+
+def _records(data: bytes) -> Iterator[Record]:
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        yield json.loads(line)

@@ -1,0 +1,139 @@
+"""Checkpoints: safetensors and JSON, verified byte for byte before use, never a pickle.
+
+    RUN/checkpoints/step-00000050/state.safetensors   tensors of the meta-state
+                                  state.json          the rest of it
+                                  manifest.json       sha256 and size of both; written last
+
+A checkpoint is written under a temporary name and renamed when everything in it is on disk, so a folder without a
+valid manifest is never one that was finished.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from imaml_dist.errors import CheckpointError
+from imaml_dist.storage.local import atomic_write, sync_folder
+
+FORMAT, VERSION = "imaml-checkpoint", 1
+TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
+
+_NAME = re.compile(r"step-(\d{8})\Z")
+
+
+def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
+    """Write the checkpoint of `step` committed meta-steps; an existing one that verifies is left as it is.
+
+    Raises:
+        OSError: the disk is full or not writable; older checkpoints are untouched.
+    """
+    from safetensors.torch import save as serialise
+
+    final = folder / f"step-{step:08d}"
+    if final.is_dir():
+        try:
+            _verified(final)
+            return final
+        except CheckpointError:
+            shutil.rmtree(final)
+    part = folder / f".{final.name}.{os.getpid()}.part"
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    contents = {TENSORS: serialise(tensors), FACTS: json.dumps(facts, sort_keys=True).encode()}
+    for name, data in contents.items():
+        atomic_write(part / name, data)
+    files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    atomic_write(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    os.replace(part, final)
+    sync_folder(folder)
+    return final
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Verify and read one checkpoint.
+
+    Raises:
+        CheckpointError: it is incomplete, damaged or of another format; the message names the file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parse
+
+    contents = _verified(path)
+    try:
+        return parse(contents[TENSORS]), json.loads(contents[FACTS])
+    except (SafetensorError, ValueError) as error:
+        raise CheckpointError(f"{path} verifies but cannot be read: {error}") from error
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps with a finished checkpoint, oldest first; not verified."""
+    if not folder.is_dir():
+        return []
+    return sorted(int(m.group(1)) for entry in folder.iterdir() if (m := _NAME.match(entry.name)))
+
+
+def load_newest(
+    folder: Path, rejected: Callable[[str], None] | None = None
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that verifies, or None if there is none at all.
+
+    Args:
+        folder: of the checkpoints.
+        rejected: told about every checkpoint passed over, in one sentence.
+
+    Raises:
+        CheckpointError: there are checkpoints and none of them verifies.
+    """
+    reasons = []
+    for step in reversed(steps(folder)):
+        try:
+            return load(folder / f"step-{step:08d}")
+        except CheckpointError as error:
+            reasons.append(str(error))
+            if rejected is not None:
+                rejected(str(error))
+    if reasons:
+        raise CheckpointError(f"no checkpoint in {folder} verifies ({reasons[0]}); start over with --fresh")
+    return None
+
+
+def prune(folder: Path, keep: int, best: int) -> None:
+    """Delete all checkpoints but the newest `keep` and the one of step `best`, and leftovers of interrupted writes."""
+    for step in steps(folder)[:-keep]:
+        if step != best:
+            shutil.rmtree(folder / f"step-{step:08d}")
+    for leftover in folder.glob(".step-*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _verified(path: Path) -> dict[str, bytes]:
+    try:
+        manifest = json.loads((path / MANIFEST).read_bytes())
+        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+            raise CheckpointError(
+                f"{path} has format {manifest['format']!r} version {manifest['version']!r}, this is {FORMAT!r} version {VERSION}"
+            )
+        contents = {}
+        for name in (TENSORS, FACTS):
+            data = (path / name).read_bytes()
+            expected = manifest["files"][name]
+            if len(data) != expected["size"]:
+                raise CheckpointError(f"{path / name} is {len(data)} bytes long, its manifest says {expected['size']}")
+            if (found := hashlib.sha256(data).hexdigest()) != expected["sha256"]:
+                raise CheckpointError(
+                    f"{path / name} has sha256 {found[:12]}, its manifest says {expected['sha256'][:12]}"
+                )
+            contents[name] = data
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
+    return contents

@@ -1,0 +1,48 @@
+"""The ledger: which (step, task) have been committed, in constant space.
+
+Committed steps are consecutive from 0 and each holds all of its tasks, so a count tells which they are. A running
+sha256 over every task's outcome tells whether two runs committed the same; excluded tasks are listed by name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from imaml_dist.core.outcome import TaskOutcome
+
+
+@dataclass
+class Ledger:
+    """Committed tasks so far.
+
+    Attributes:
+        steps: committed meta-steps; exactly the steps 0 .. steps - 1.
+        tasks: committed tasks, excluded ones included.
+        excluded: `[step, task, code]` of every excluded task.
+        digest: sha256 in hex, chained over steps.
+    """
+
+    steps: int = 0
+    tasks: int = 0
+    excluded: list[list[int]] = field(default_factory=list)
+    digest: str = "0" * 64
+
+    def commit(self, step: int, outcomes: list[int]) -> None:
+        """Enter a meta-step with the outcome of each task, in task order.
+
+        Raises:
+            ValueError: the step is not the next one: something would be lost or done twice.
+        """
+        if step != self.steps:
+            raise ValueError(f"step {step} cannot be committed: the next one is {self.steps}")
+        line = f"{self.digest}|{step}|{','.join(map(str, outcomes))}"
+        self.digest = hashlib.sha256(line.encode()).hexdigest()
+        self.steps += 1
+        self.tasks += len(outcomes)
+        self.excluded += [[step, task, code] for task, code in enumerate(outcomes) if code != TaskOutcome.OK]
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON form."""
+        return {"steps": self.steps, "tasks": self.tasks, "excluded": self.excluded, "digest": self.digest}

@@ -1,0 +1,146 @@
+"""A run directory: where a run keeps everything, and the rules by which an old one is taken up again."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+from imaml_dist.config.load import load_config, to_yaml
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.errors import CheckpointError, ConfigError, InputError
+from imaml_dist.storage.local import atomic_write
+from imaml_dist.training import checkpoints
+
+RESUMABLE = (
+    "run.steps",
+    "run.max_seconds",
+    "run.workers",
+    "run.backend",
+    "run.checkpoint_every",
+    "run.keep",
+    "validate.every",
+    "evaluate",
+    "tracking",
+)
+"""Fields, or whole sections, that a resumed run may change: none of them changes what a meta-step computes."""
+
+
+class RunDirectory:
+    """Paths of a run and the small files beside its checkpoints.
+
+    Args:
+        path: created by `begin`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.config_file = path / "config.yaml"
+        self.metrics_file = path / "metrics.jsonl"
+        self.summary_file = path / "summary.json"
+        self.evaluation_file = path / "evaluation.json"
+        self.report_file = path / "report.html"
+        self.checkpoints = path / "checkpoints"
+        self.starts_file = path / "starts.jsonl"
+        self.stop_file = path / "stop"
+        self.failure_file = path / "failure.json"
+
+    def begin(self, config: ExperimentConfig, *, fresh: bool = False) -> None:
+        """Make the directory and write the resolved configuration, or check that it may go on under this one.
+
+        Raises:
+            ConfigError: the directory holds a run whose configuration differs in a field that may not change.
+            InputError: the directory holds something else, and is left alone.
+        """
+        if self.path.exists() and any(self.path.iterdir()) and not self.config_file.is_file():
+            raise InputError(f"{self.path} is not empty and holds no run (no config.yaml); choose another --run-dir")
+        if fresh and self.config_file.is_file():
+            shutil.rmtree(self.path)
+        if self.config_file.is_file():
+            check_resumable(self.config(), config, self.path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        atomic_write(self.config_file, to_yaml(config).encode())
+        for request in (self.stop_file, self.failure_file):
+            request.unlink(missing_ok=True)
+
+    def config(self) -> ExperimentConfig:
+        """The configuration of the run.
+
+        Raises:
+            InputError: the directory holds no run.
+        """
+        if not self.config_file.is_file():
+            raise InputError(f"{self.path} holds no run (no config.yaml); give the --run-dir of a training run")
+        return load_config(self.config_file)
+
+    def record_start(self, facts: dict[str, Any]) -> None:
+        """Note that the training loop began, afresh or again."""
+        with open(self.starts_file, "a", encoding="utf-8") as file:
+            file.write(json.dumps({"time": time.time(), **facts}) + "\n")
+
+    def starts(self) -> list[dict[str, Any]]:
+        """All starts of the training loop so far, oldest first."""
+        if not self.starts_file.is_file():
+            return []
+        return [json.loads(line) for line in self.starts_file.read_text(encoding="utf-8").splitlines()]
+
+    def request_stop(self) -> None:
+        """Ask the training loop to write a checkpoint after the step it is in and to stop."""
+        if self.path.is_dir():
+            self.stop_file.touch()
+
+    def write_json(self, path: Path, value: Any) -> None:
+        """Write one of the run's JSON files, whole or not at all."""
+        atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
+
+    def read_json(self, path: Path) -> Any:
+        """Read one of the run's JSON files; None if it does not exist.
+
+        Raises:
+            InputError: it is not JSON.
+        """
+        if not path.is_file():
+            return None
+        try:
+            return json.loads(path.read_bytes())
+        except ValueError as error:
+            raise InputError(f"{path} is not JSON ({error}); delete it and run the command again") from error
+
+    def best_checkpoint(self) -> Path:
+        """The checkpoint with the best validation accuracy; the newest one where the run does not validate.
+
+        Raises:
+            CheckpointError: there is none, or it does not verify.
+        """
+        newest = checkpoints.load_newest(self.checkpoints)
+        if newest is None:
+            raise CheckpointError(f"{self.path} has no checkpoint yet; let the run reach its first one")
+        _, facts = newest
+        step = facts["best"]["step"]
+        return self.checkpoints / f"step-{facts['ledger']['steps'] if step < 0 else step:08d}"
+
+
+def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -> None:
+    """Compare two configurations field by field.
+
+    Raises:
+        ConfigError: they differ in a field that may not change; the message names the first one.
+    """
+    before, after = _flat(old.model_dump(by_alias=True)), _flat(new.model_dump(by_alias=True))
+    for field in sorted(before.keys() | after.keys()):
+        if before.get(field) != after.get(field) and not any(
+            field == r or field.startswith(r + ".") for r in RESUMABLE
+        ):
+            raise ConfigError(
+                f"{field}: {after.get(field)!r} given, but the run in {where} was begun with {before.get(field)!r}, and a resumed run "
+                f"may only change {', '.join(RESUMABLE)}; restore the old value, choose another --run-dir, or start over with --fresh"
+            )
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, below in value.items():
+        flat |= _flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
+    return flat

@@ -1,0 +1,1 @@
+"""Floor 5: the programs; one file per command. Knows everything and computes nothing."""

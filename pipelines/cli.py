@@ -1,0 +1,151 @@
+"""The `imaml` command: arguments in, exit codes out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from imaml_dist.errors import ImamlError
+from pipelines import console
+
+app = typer.Typer(
+    name="imaml",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Meta-train models with implicit gradients (iMAML), on a laptop or a Ray cluster.",
+)
+prepare_app = typer.Typer(no_args_is_help=True, help="Raw images -> class-record shards.")
+app.add_typer(prepare_app, name="prepare")
+
+_debug = False
+
+INTERRUPTED = 130
+
+Out = Annotated[str, typer.Option("--out", help="Folder to write: a path or file:// URL.")]
+Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
+Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+@app.callback()
+def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+    """Options of every command."""
+    global _debug
+    _debug = debug
+
+
+@contextmanager
+def _exit_codes() -> Iterator[None]:
+    """Errors made on purpose become one sentence and their exit code; others are bugs and keep their traceback."""
+    try:
+        yield
+    except ImamlError as error:
+        if _debug:
+            raise
+        console.err.print(f"imaml: {error}", soft_wrap=True, markup=False)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        console.err.print("imaml: stopped at once; the same command resumes from the last checkpoint")
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@prepare_app.command("glyphs")
+def prepare_glyphs(out: Out = "data/glyphs", seed: Annotated[int, typer.Option(help="Of the rendering.")] = 0) -> None:
+    """Render the embedded data set: glyphs of the fonts shipped with matplotlib, unseen scripts for testing."""
+    with _exit_codes():
+        from pipelines import prepare
+
+        prepare.prepare_glyphs(out, seed)
+
+
+@prepare_app.command("omniglot")
+def prepare_omniglot(
+    out: Out = "data/omniglot",
+    source: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder with the official archives or unpacked images, a zip file, or a URL; downloads if not given."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split into train, val and test.")] = 0,
+) -> None:
+    """Omniglot: 1,623 characters at 28x28; 1,100 train (with rotations), 100 val, 423 test."""
+    with _exit_codes():
+        from pipelines import prepare
+
+        prepare.prepare_omniglot(out, source, seed)
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
+    backend: Annotated[str | None, typer.Option(help="ray or local; overrides run.backend.")] = None,
+    run_dir: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/<name> if not given.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete an earlier run in the same directory and start over.")
+    ] = False,
+) -> None:
+    """Meta-train, meta-test and report. The same command again resumes."""
+    with _exit_codes():
+        from pipelines.train import train as run_training
+
+        overrides = [*(set_ or []), *([f"run.backend={backend}"] if backend else [])]
+        if not run_training(config, overrides, run_dir, fresh):
+            raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
+def evaluate(
+    run: Run,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    tasks: Annotated[int, typer.Option(help="Number of tasks.")] = 600,
+    json_file: Json = None,
+) -> None:
+    """Meta-test the best checkpoint of a run: mean and 95% interval."""
+    with _exit_codes():
+        from pipelines.evaluate import evaluate_run
+
+        result = evaluate_run(run, split, tasks)
+        if json_file is not None:
+            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def report(run: Run) -> None:
+    """Write RUN/report.html, one file with everything worth looking at."""
+    with _exit_codes():
+        from imaml_dist.reporting.report import write_report
+
+        console.out.print(str(write_report(run)), soft_wrap=True)
+
+
+@app.command()
+def verify(url: Annotated[str, typer.Argument(help="Folder of a prepared data set.", show_default=False)]) -> None:
+    """Check every shard and record of a data set against its index."""
+    with _exit_codes():
+        from pipelines.verify import verify as run_verification
+
+        run_verification(url)
+
+
+@app.command("mlflow-sync")
+def mlflow_sync(run: Run) -> None:
+    """Send to MLflow what a run could not send while the server was away."""
+    with _exit_codes():
+        from pipelines.mlflow_sync import sync
+
+        sync(run)
+
+
+def main() -> None:
+    """Entry point of the `imaml` console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

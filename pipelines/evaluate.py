@@ -1,0 +1,61 @@
+"""`imaml evaluate`: meta-test the best checkpoint of a run on unseen tasks."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed.build import make_learner, make_source
+from imaml_dist.errors import ConfigError
+from imaml_dist.training import checkpoints
+from imaml_dist.training.evaluation import evaluate
+from imaml_dist.training.run_directory import RunDirectory
+from pipelines import console
+
+
+def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
+    """Mean accuracy, 95% interval and accuracy per task of the best checkpoint.
+
+    Raises:
+        InputError: no such run, split or checkpoint.
+    """
+    sys.path.insert(0, os.getcwd())
+    if split not in ("train", "val", "test") or tasks < 1:
+        raise ConfigError(
+            f"--split {split} --tasks {tasks}: the split is one of train, val, test, and tasks is at least 1"
+        )
+    run = RunDirectory(path)
+    config = run.config()
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
+    torch.set_num_threads(config.run.threads)
+    source = make_source(config, Dataset(config.data.url), split)
+    learner = make_learner(config, source.image_shape)
+    tensors, facts = checkpoints.load(run.best_checkpoint())
+    learner.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    with console.progress(f"evaluating {config.name} on {split}") as show:
+        result = evaluate(
+            learner, source, tasks, device=config.run.device, progress=lambda done, total: show(done, total, "")
+        )
+    console.table(
+        config.name,
+        {
+            "split": split,
+            "tasks": str(tasks),
+            "accuracy": console.percent(result.mean, result.ci95),
+            "checkpoint of step": str(facts["ledger"]["steps"]),
+        },
+    )
+    return {
+        "split": split,
+        "tasks": tasks,
+        "step": facts["ledger"]["steps"],
+        "accuracy": result.mean,
+        "ci95": result.ci95,
+        "per_task": result.per_task,
+    }

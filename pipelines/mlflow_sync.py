@@ -1,0 +1,27 @@
+"""`imaml mlflow-sync`: send what a run's metrics file still holds for MLflow."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.errors import InputError
+from imaml_dist.training.run_directory import RunDirectory
+from pipelines import console
+from pipelines.train import mlflow_run
+
+
+def sync(path: Path) -> None:
+    """Send the remaining metrics and the run's files, and close the MLflow run.
+
+    Raises:
+        InputError: no such run, or it is not finished.
+        TrackingError: the server cannot be reached.
+    """
+    run = RunDirectory(path)
+    config = run.config()
+    if run.read_json(run.summary_file) is None:
+        raise InputError(f"{path} is not finished (no summary.json); `imaml train` sends its metrics as it goes on")
+    tracker = mlflow_run(config, run, Dataset(config.data.url))
+    tracker.close("FINISHED", [run.config_file, run.summary_file, run.evaluation_file, run.report_file])
+    console.out.print(f"MLflow run {tracker.identity}")
