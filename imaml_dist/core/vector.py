@@ -60,7 +60,7 @@ class ParameterLayout:
             batch = value.shape[: value.dim() - len(shape)]
             if tuple(value.shape[len(batch) :]) != shape:
                 raise ValueError(f"parameter {name!r} has shape {tuple(value.shape)}, expected [..., *{shape}]")
-            rows.append(value.reshape(*batch, size))
+            rows.append(value.reshape((*batch, size)))
         return cat(rows, dim=-1)
 
     def unflatten(self, vector: Tensor) -> dict[str, Tensor]:
@@ -73,6 +73,6 @@ class ParameterLayout:
             raise ValueError(f"vector has {vector.shape[-1]} entries, the layout has {self.size}")
         parts = split(vector, list(self.sizes), dim=-1)
         return {
-            name: part.reshape(*vector.shape[:-1], *shape)
+            name: part.reshape((*vector.shape[:-1], *shape))
             for name, shape, part in zip(self.names, self.shapes, parts, strict=True)
         }

@@ -1,0 +1,129 @@
+"""Configuration: what is accepted, and that every refusal names the path, the value, and what to do."""
+
+import pytest
+
+from imaml_dist.config.load import build_config, load_config, to_yaml
+from imaml_dist.errors import ConfigError
+
+
+def config(*overrides, **raw):
+    return build_config({"name": "t", **raw}, overrides)
+
+
+def test_defaults_are_the_honest_implicit_gradient_that_trains():
+    c = config()
+    assert (c.algorithm.kind, c.algorithm.lam, c.outer.lr) == ("imaml", 0.1, 3e-3)
+    assert (c.algorithm.solver.operator, c.algorithm.solver.max_iterations) == ("gauss_newton", 5)
+
+
+def test_numbers_in_scientific_notation_are_numbers(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("name: t\nouter: {lr: 1e-6, clip: 5E+1}\nalgorithm: {lam: 2}\n")
+    c = load_config(path, ["algorithm.inner.lr=1.5e-2"])
+    assert (c.outer.lr, c.outer.clip, c.algorithm.lam, c.algorithm.inner.lr) == (1e-6, 50.0, 2.0, 0.015)
+
+
+def test_resolved_configuration_reads_back_as_itself(tmp_path):
+    path = tmp_path / "c.yaml"
+    c = config("run.max_seconds=7.5", "algorithm.preset=paper", "model.kind=mlp")
+    path.write_text(to_yaml(c))
+    assert load_config(path) == c
+
+
+def test_configuration_is_frozen():
+    with pytest.raises(ValueError, match="frozen"):
+        config().run.steps = 3
+
+
+def test_preset_fills_only_what_the_user_leaves_open():
+    c = config("algorithm.preset=paper")
+    assert (c.algorithm.lam, c.algorithm.solver.operator, c.outer.lr, c.algorithm.inner.steps) == (
+        2.0,
+        "hessian",
+        1e-3,
+        16,
+    )
+    assert config("algorithm.preset=paper", "data.way=20").algorithm.inner.steps == 25
+    c = config("algorithm.preset=paper", "algorithm.lam=0.3", "outer.lr=0.01", "algorithm.solver.operator=gauss_newton")
+    assert (c.algorithm.lam, c.algorithm.solver.operator, c.outer.lr) == (0.3, "gauss_newton", 0.01)
+
+
+def test_one_switch_changes_the_algorithm_but_never_drops_an_override():
+    raw = {"kind": "imaml", "lam": 0.3, "inner": {"steps": 7}}
+    c = config("algorithm.kind=fomaml", algorithm=raw)
+    assert (c.algorithm.kind, c.algorithm.inner.steps) == ("fomaml", 7)
+    with pytest.raises(ConfigError, match=r"algorithm\.lam: is not a known field"):
+        config("algorithm.kind=fomaml", "algorithm.lam=0.2", algorithm=raw)
+
+
+def test_a_model_of_the_users_own_keeps_its_fields():
+    c = config("model={kind: 'my.package:make', width: 3}")
+    assert (c.model.kind, c.model.options) == ("my.package:make", {"width": 3})
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("run.stepps=3", r"run\.stepps: is not a known field; did you mean run\.steps\?"),
+        ("algorithm.lamda=3", r"did you mean algorithm\.lam\?"),
+        ("algorithm.solver.max_iteration=3", r"did you mean algorithm\.solver\.max_iterations\?"),
+        ("lam=3", r"lam: is not a known field; did you mean algorithm\.lam\?"),
+        ("validat.every=3", r"did you mean validate\?"),
+        ("algorithm.lam=0", r"algorithm\.lam: 0 given, should be greater than 0"),
+        ("algorithm.lam=-1.5", r"algorithm\.lam: -1\.5 given, should be greater than 0"),
+        ("algorithm.lam=.nan", r"algorithm\.lam: nan given, should be a finite number"),
+        ("algorithm.lam='0.1'", r"algorithm\.lam: '0\.1' given, should be a valid number"),
+        ("algorithm.lam=true", r"algorithm\.lam: True given"),
+        ("algorithm.lam=", r"algorithm\.lam: null given"),
+        ("run.steps=1.5", r"run\.steps: 1\.5 given, should be a valid integer"),
+        ("run.steps=0", r"run\.steps: 0 given, should be greater than or equal to 1"),
+        ("outer.optimizer=adm", r"outer\.optimizer: 'adm' given, should be 'adam' or 'sgd'"),
+        ("algorithm.kind=imalm", r"algorithm\.kind: 'imalm' given, should be 'imaml' or 'fomaml'"),
+        ("model.kind=resnet", r"model\.kind: 'resnet' given, should be 'conv4', 'mlp' or a factory"),
+        ("run.chunk=3", r"run\.tasks_per_step: 16 given, must be a multiple of run\.chunk = 3"),
+        ("data.way=1", r"data\.way: 1 given, should be greater than or equal to 2"),
+        ("run=3", r"run: 3 given"),
+        ("run.steps", r"--set run\.steps: expected section\.field=value"),
+        ("run.steps=[", r"not valid YAML"),
+        ("name.x=1", r"'name' is the value 't', not a section"),
+        ("name=../x", r"name: '\.\./x' given"),
+    ],
+)
+def test_refusals_name_path_value_and_remedy(override, says):
+    with pytest.raises(ConfigError, match=says) as caught:
+        config(override)
+    assert "\n" not in str(caught.value), "one sentence"
+    assert "pydantic" not in str(caught.value)
+
+
+def test_several_errors_are_one_line_each():
+    with pytest.raises(ConfigError) as caught:
+        config("run.steps=0", "algorithm.lam=0")
+    assert len(str(caught.value).splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("name: a\nname: b\n", "key 'name' stands twice"),
+        ("name: &x a\nrun: *x\n", "aliases are not allowed"),
+        ("- a\n", "a configuration is a mapping"),
+        ("", "a configuration is a mapping"),
+        ("name: [\n", "line 2 is not valid YAML"),
+        ("name: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
+        ("data: {}\n", "name: is missing"),
+    ],
+)
+def test_bad_files_are_refused(tmp_path, text, says):
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        load_config(path)
+
+
+def test_missing_and_binary_files_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="no configuration file"):
+        load_config(tmp_path / "none.yaml")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ConfigError, match="UTF-8"):
+        load_config(tmp_path / "binary.yaml")
