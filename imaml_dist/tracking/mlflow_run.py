@@ -71,7 +71,7 @@ def default_uri(run: Path) -> str:
 def without_secrets(uri: str) -> str:
     """The URI without user name and password."""
     parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 class MlflowRun:

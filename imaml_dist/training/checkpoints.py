@@ -51,9 +51,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
     contents = {TENSORS: serialise(tensors), FACTS: json.dumps(facts, sort_keys=True).encode()}
     for name, data in contents.items():
         atomic_write(part / name, data)
-    files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
-    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
-    atomic_write(part / MANIFEST, json.dumps(manifest, indent=1, sort_keys=True).encode())
+    atomic_write(part / MANIFEST, json.dumps(_manifest(step, contents), indent=1, sort_keys=True).encode())
     os.replace(part, final)
     sync_folder(folder)
     return final
@@ -116,6 +114,11 @@ def prune(folder: Path, keep: int, best: int) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
+def _manifest(step: int, contents: dict[str, bytes]) -> dict[str, Any]:
+    files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
+    return {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+
+
 def _verified(path: Path) -> dict[str, bytes]:
     try:
         manifest = json.loads((path / MANIFEST).read_bytes())
@@ -134,6 +137,8 @@ def _verified(path: Path) -> dict[str, bytes]:
                     f"{path / name} has sha256 {found[:12]}, its manifest says {expected['sha256'][:12]}"
                 )
             contents[name] = data
+        if manifest != _manifest(int(path.name.removeprefix("step-")), contents):
+            raise CheckpointError(f"{path / MANIFEST} does not describe the checkpoint it lies in")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
     return contents

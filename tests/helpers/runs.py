@@ -1,0 +1,62 @@
+"""Small training runs for tests: a tiny network on made images, seconds instead of minutes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from imaml_dist.config.load import build_config
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.distributed.build import resolve
+from imaml_dist.distributed.reduction import Alone, ProcessGroup
+from imaml_dist.distributed.worker import Worker
+from imaml_dist.training import checkpoints
+from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.state import sha256_of
+
+
+def raw_config(data: Path, **run: Any) -> dict[str, Any]:
+    return {
+        "name": "tiny",
+        "data": {"url": str(data), "way": 3, "shot": 1, "query": 2},
+        "model": {"kind": "conv4", "channels": 8},
+        "algorithm": {"kind": "imaml", "inner": {"steps": 3}, "solver": {"max_iterations": 2}},
+        "run": {"steps": 6, "tasks_per_step": 8, "chunk": 2, "checkpoint_every": 2, "backend": "local", **run},
+        "validate": {"every": 3, "tasks": 12},
+        "evaluate": {"tasks": 20, "query": 5},
+        "tracking": {"mlflow": False},
+    }
+
+
+def write_config(path: Path, data: Path, **run: Any) -> Path:
+    path.write_text(yaml.safe_dump(raw_config(data, **run)))
+    return path
+
+
+def tiny(data: Path, *overrides: str, **run: Any) -> ExperimentConfig:
+    return resolve(build_config(raw_config(data, **run), overrides), cuda=False)
+
+
+def train_alone(config: ExperimentConfig, path: Path) -> dict[str, Any]:
+    run = RunDirectory(path)
+    run.begin(config)
+    Worker(config, run, Alone()).run_to_end()
+    return fingerprint(path)
+
+
+def train_in_a_group(raw: dict[str, Any], path: str) -> None:
+    """For `helpers.gloo.run_group`: one rank of a begun run."""
+    Worker(resolve(build_config(raw), cuda=False), RunDirectory(Path(path)), ProcessGroup()).run_to_end()
+
+
+def fingerprint(path: Path) -> dict[str, Any]:
+    """What the same-bits promise is about."""
+    tensors, facts = checkpoints.load_newest(path / "checkpoints")
+    return {
+        "params": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),
+        "state": sha256_of(tensors),
+        "ledger": facts["ledger"],
+        "best": facts["best"],
+        "test": json.loads((path / "evaluation.json").read_text())["trained"]["per_task"],
+    }

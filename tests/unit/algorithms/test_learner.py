@@ -1,0 +1,165 @@
+"""The meta-learner: the same gradients however tasks are executed, excluded tasks change nothing, torch optimisers work."""
+
+import pytest
+import torch
+
+from imaml_dist import (
+    FOMAML,
+    IMAML,
+    ConjugateGradient,
+    EpisodeBatch,
+    GradientDescent,
+    MetaLearner,
+    TaskOutcome,
+    evaluate,
+)
+from imaml_dist.algorithms.learner import NO_SOLVE, TaskRecord, cross_entropy
+from imaml_dist.models.mlp import MLP
+
+WAY = 3
+
+
+class Blobs:
+    """Gaussian blobs: an endless `TaskSource` in float64."""
+
+    def episodes(self, step, tasks):
+        parts = []
+        for task in tasks:
+            generator = torch.Generator().manual_seed(1000 * step + task)
+            centres = torch.randn(WAY, 1, 1, 4, generator=generator, dtype=torch.float64)
+            y = torch.arange(WAY).repeat_interleave(4)
+            noise = torch.randn(2, 4 * WAY, 1, 1, 4, generator=generator, dtype=torch.float64)
+            x = centres[y] + 0.3 * noise
+            parts.append((x[0], y, x[1], y))
+        return EpisodeBatch(*(torch.stack(p) for p in zip(*parts, strict=True)), index=torch.tensor(list(tasks)))
+
+
+def learner(algorithm=None, execution="vmap"):
+    torch.manual_seed(0)
+    return MetaLearner(MLP((1, 1, 4), WAY, [6]).double(), algorithm or IMAML(lam=0.5), execution=execution)
+
+
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
+def test_meta_gradient_is_that_of_the_core_with_dense_curvature(operator):
+    """The learner's gradient against the formula, with J'SJ or H written out as a dense matrix for every task."""
+    lam, subject = 3.0, learner(IMAML(3.0, solver=ConjugateGradient(max_iterations=80, rtol=1e-14, operator=operator)))
+    episodes = Blobs().episodes(0, range(3))
+    phi = subject.adapt_parameters(episodes.support_x, episodes.support_y).params
+    rows = subject.task_gradients(episodes).rows
+    for t in range(3):
+
+        def outputs(row, t=t):
+            return subject.functional.predict(row[None], episodes.support_x[t : t + 1])[0]
+
+        def loss(z, t=t):
+            return torch.nn.functional.cross_entropy(z, episodes.support_y[t])
+
+        if operator == "hessian":
+            dense = torch.autograd.functional.hessian(lambda row: loss(outputs(row)), phi[t])
+        else:
+            z = outputs(phi[t])
+            s = torch.autograd.functional.hessian(loss, z).reshape(z.numel(), z.numel())
+            j = torch.autograd.functional.jacobian(outputs, phi[t]).reshape(z.numel(), -1)
+            dense = j.T @ s @ j
+        row = phi[t].clone().requires_grad_(True)
+        query = torch.nn.functional.cross_entropy(
+            subject.functional.predict(row[None], episodes.query_x[t : t + 1])[0], episodes.query_y[t]
+        )
+        (v,) = torch.autograd.grad(query, row)
+        expected = lam * torch.linalg.solve(dense + lam * torch.eye(len(v), dtype=torch.float64), v)
+        torch.testing.assert_close(rows[t], expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("algorithm", [IMAML(0.5), FOMAML()])
+def test_execution_paths_agree(algorithm):
+    episodes = Blobs().episodes(0, range(4))
+    vmapped, looped = (learner(algorithm, e).task_gradients(episodes) for e in ("vmap", "loop"))
+    torch.testing.assert_close(vmapped.rows, looped.rows, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(vmapped.tasks.to_rows(), looped.tasks.to_rows(), rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+def test_record_tells_how_every_solve_went():
+    record = learner().task_gradients(Blobs().episodes(0, range(4))).tasks
+    assert (record.outcome == TaskOutcome.OK).all()
+    assert (record.cg_iterations == 5).all()
+    assert (record.cg_residual > 0).all()
+    assert (record.cosine > 0).all()
+    assert (record.cosine < 1).all()
+    assert (record.stationarity < 1).all()
+    first_order = learner(FOMAML()).task_gradients(Blobs().episodes(0, range(4))).tasks
+    assert (first_order.cg_outcome == NO_SOLVE).all()
+    torch.testing.assert_close(first_order.cosine, torch.ones(4, dtype=torch.float64))
+    torch.testing.assert_close(TaskRecord.from_rows(record.to_rows()).distance, record.distance)
+
+
+def test_a_bad_task_is_excluded_and_changes_nothing_else():
+    source = Blobs()
+    episodes = source.episodes(0, range(4))
+    good = learner().meta_gradient(episodes[1:])
+    episodes.support_x[0, 0] = torch.nan
+    with_bad = learner().meta_gradient(episodes)
+    assert with_bad.tasks.outcome.tolist() == [TaskOutcome.NON_FINITE, 0, 0, 0]
+    for name, value in good.gradient.items():
+        torch.testing.assert_close(with_bad.gradient[name], value, rtol=1e-12, atol=1e-14)
+
+
+def test_diverging_inner_loops_are_coded():
+    record = learner(IMAML(0.5, GradientDescent(lr=1e4))).task_gradients(Blobs().episodes(0, range(3)))
+    assert (record.tasks.outcome != TaskOutcome.OK).all()
+    assert (record.rows == 0).all()
+
+
+def _concave(outputs, targets):
+    return -((outputs - torch.nn.functional.one_hot(targets, WAY)) ** 2).mean((1, 2)) * 0.05
+
+
+@pytest.mark.parametrize("policy", ["truncate", "gauss_newton", "exclude"])
+def test_negative_curvature_policies(policy):
+    """A concave loss meets negative curvature at once; squared error's own Gauss-Newton is then negative too."""
+    solver = ConjugateGradient(operator="hessian", on_negative_curvature=policy)
+    torch.manual_seed(0)
+    subject = MetaLearner(MLP((1, 1, 4), WAY, []).double(), IMAML(0.001, GradientDescent(0.01, 1), solver), _concave)
+    out = subject.task_gradients(Blobs().episodes(0, range(2)))
+    if policy == "exclude":
+        assert (out.tasks.outcome == TaskOutcome.SOLVE_FAILED).all()
+        assert (out.rows == 0).all()
+    else:
+        assert (out.tasks.cg_outcome == 2).all()
+        torch.testing.assert_close(out.tasks.cosine, torch.ones(2, dtype=torch.float64))
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_each_task():
+    logits, labels = torch.randn(3, 5, 4), torch.randint(0, 4, (3, 5))
+    expected = torch.stack([torch.nn.functional.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True)])
+    torch.testing.assert_close(cross_entropy(logits, labels), expected)
+
+
+def test_backward_feeds_any_torch_optimiser_and_training_helps():
+    subject, source = learner(IMAML(0.5, GradientDescent(0.3, 5))), Blobs()
+    before = evaluate(subject, source, tasks=40)
+    optimiser = torch.optim.Adam(subject.model.parameters(), lr=1e-2)
+    for step in range(1, 41):
+        optimiser.zero_grad()
+        subject.backward(source.episodes(step, range(4)))
+        optimiser.step()
+    after = evaluate(subject, source, tasks=40)
+    assert after.mean - after.ci95 > before.mean + before.ci95
+
+
+def test_backward_accumulates_as_torch_does():
+    subject, episodes = learner(), Blobs().episodes(0, range(2))
+    subject.backward(episodes)
+    first = {n: p.grad.clone() for n, p in subject.model.named_parameters()}
+    subject.backward(episodes)
+    for name, parameter in subject.model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 2 * first[name])
+
+
+def test_adapt_returns_an_ordinary_module_and_leaves_the_model_alone():
+    subject, episodes = learner(), Blobs().episodes(0, range(2))
+    theta = subject.functional.parameters()
+    adapted = subject.adapt(episodes.support_x[1], episodes.support_y[1])
+    torch.testing.assert_close(subject.functional.parameters(), theta, rtol=0, atol=0)
+    phi = subject.adapt_parameters(episodes.support_x, episodes.support_y).params[1]
+    expected = subject.functional.predict(phi[None], episodes.query_x[1:])[0]
+    torch.testing.assert_close(adapted(episodes.query_x[1]), expected, rtol=1e-12, atol=1e-12)

@@ -1,0 +1,64 @@
+"""Episodes: the right images with the right labels, the same whoever asks and in whatever order."""
+
+import numpy as np
+import pytest
+import torch
+from helpers.datasets import write_blobs
+
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.episodes import EpisodeSource
+from imaml_dist.errors import ConfigError, DataError
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blobs")
+    write_blobs(folder)
+    return Dataset(str(folder))
+
+
+def source(dataset, **changes):
+    return EpisodeSource(dataset, **{"split": "train", "way": 5, "shot": 2, "query": 3, "seed": 1, **changes})
+
+
+def test_pixels_and_labels_are_those_of_the_draw(dataset):
+    s = source(dataset)
+    batch = s.episodes(4, range(2, 5))
+    assert batch.index.tolist() == [2, 3, 4]
+    assert batch.support_x.shape == (3, 10, 1, 28, 28)
+    assert batch.query_x.shape == (3, 15, 1, 28, 28)
+    for row, task in enumerate(range(2, 5)):
+        classes, numbers = s.draw(4, task)
+        for label, (c, images) in enumerate(zip(classes, numbers, strict=True)):
+            pixels = dataset.images(dataset.classes("train")[c]).transpose(0, 3, 1, 2) / np.float32(255)
+            expected = torch.from_numpy(pixels)
+            support = batch.support_x[row][batch.support_y[row] == label]
+            query = batch.query_x[row][batch.query_y[row] == label]
+            torch.testing.assert_close(support, expected[images[:2]], rtol=0, atol=0)
+            torch.testing.assert_close(query, expected[images[2:]], rtol=0, atol=0)
+            assert not set(images[:2]) & set(images[2:])
+
+
+def test_a_task_does_not_depend_on_its_company_or_history(dataset):
+    s = source(dataset)
+    together = s.episodes(3, range(8))
+    s.episodes(9, range(4))
+    for task in (7, 0, 3):
+        alone = s.episodes(3, range(task, task + 1))
+        torch.testing.assert_close(alone.support_x[0], together.support_x[task], rtol=0, atol=0)
+        torch.testing.assert_close(alone.query_x[0], together.query_x[task], rtol=0, atol=0)
+
+
+def test_steps_tasks_seeds_and_splits_differ(dataset):
+    draws = [source(dataset).draw(0, 0), source(dataset).draw(0, 1), source(dataset).draw(1, 0)]
+    draws += [source(dataset, seed=2).draw(0, 0), source(dataset, split="val").draw(0, 0)]
+    assert len({str(d) for d in draws}) == len(draws)
+
+
+def test_impossible_episodes_are_refused_in_one_sentence(dataset):
+    with pytest.raises(ConfigError, match=r"data\.way: 9 classes per episode.*val split.*has 8; choose 2 to 8"):
+        source(dataset, split="val", way=9)
+    with pytest.raises(ConfigError, match=r"data\.shot \+ query: 10 \+ 11 images per class.*has 20"):
+        source(dataset, shot=10, query=11)
+    with pytest.raises(DataError, match="no split 'dev'"):
+        source(dataset, split="dev")

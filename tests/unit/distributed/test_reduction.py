@@ -1,0 +1,82 @@
+"""Exact reduction: the same bits whoever holds which chunk, over real gloo groups."""
+
+import pytest
+import torch
+from helpers.gloo import run_group
+
+from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.reduction import Alone, ProcessGroup, exact_sum, fast_sum, gather_chunks, tree_sum
+
+CHUNKS, SIZE = 7, 1001
+
+
+def _rows() -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randn(CHUNKS, SIZE, generator=generator) * torch.logspace(-4, 4, CHUNKS)[:, None]
+
+
+def _reduce_in_a_group() -> tuple:
+    group = ProcessGroup()
+    dealt = dealt_to(group.rank, group.world, CHUNKS)
+    mine = _rows()[dealt.start : dealt.stop]
+    return (
+        exact_sum(group, mine, CHUNKS).tolist(),
+        fast_sum(group, mine).tolist(),
+        gather_chunks(group, mine, CHUNKS).tolist(),
+    )
+
+
+@pytest.fixture(scope="module")
+def by_world():
+    return {world: run_group(world, _reduce_in_a_group) for world in (1, 2, 3, 8)}
+
+
+def test_exact_sum_has_the_same_bits_on_every_rank_and_number_of_ranks(by_world):
+    expected = exact_sum(Alone(), _rows(), CHUNKS).tolist()
+    for world, ranks in by_world.items():
+        for rank, (exact, _, gathered) in enumerate(ranks):
+            assert exact == expected, f"rank {rank} of {world}"
+            assert gathered == _rows().tolist()
+
+
+def test_fast_sum_is_right_but_not_the_same_bits(by_world):
+    """So that the test above can fail: a plain all-reduce over 3 ranks differs in its last bits."""
+    truth = _rows().double().sum(0)
+    for ranks in by_world.values():
+        torch.testing.assert_close(torch.tensor(ranks[0][1]).double(), truth, rtol=1e-3, atol=1e-2)
+    assert by_world[3][0][1] != by_world[1][0][1]
+
+
+@pytest.mark.parametrize("n", range(1, 20))
+def test_tree_sum_adds_every_row_once_in_pairs(n):
+    rows = 2.0 ** torch.arange(n, dtype=torch.float64)[:, None]
+    assert tree_sum(rows).item() == 2.0**n - 1
+    names = [f"{i}" for i in range(n)]
+    while len(names) > 1:
+        names = [f"({a}+{b})" for a, b in zip(names[::2], names[1::2], strict=False)] + names[len(names) // 2 * 2 :]
+    values = torch.randn(n, 3, generator=torch.Generator().manual_seed(n))
+
+    def by_name(name: str) -> torch.Tensor:
+        if "+" not in name:
+            return values[int(name)]
+        depth = 0
+        for i, c in enumerate(name):
+            depth += (c == "(") - (c == ")")
+            if c == "+" and depth == 1:
+                return by_name(name[1:i]) + by_name(name[i + 1 : -1])
+        raise AssertionError(name)
+
+    assert torch.equal(tree_sum(values), by_name(names[0]))
+
+
+@pytest.mark.parametrize("world", range(1, 12))
+@pytest.mark.parametrize("chunks", [1, 4, 7, 10])
+def test_every_chunk_is_dealt_once_and_evenly(world, chunks):
+    dealt = [list(dealt_to(rank, world, chunks)) for rank in range(world)]
+    assert sum(dealt, []) == list(range(chunks))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+def test_chunks_cover_the_tasks_whatever_the_remainder():
+    assert chunks_of(10, 4) == [range(4), range(4, 8), range(8, 10)]
+    assert chunks_of(8, 4) == [range(4), range(4, 8)]

@@ -1,0 +1,70 @@
+"""Modules as functions of a flat vector, and the refusal of modules that hide state."""
+
+import pytest
+import torch
+from torch import nn
+
+from imaml_dist.errors import ModelError
+from imaml_dist.models.conv4 import Conv4
+from imaml_dist.models.functional import FunctionalModel
+from imaml_dist.models.mlp import MLP
+
+
+class Odd(nn.Module):
+    """A user's module: a scalar parameter, a frozen one, and a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0, dtype=torch.float64))
+        self.linear = nn.Linear(4, 3, dtype=torch.float64)
+        self.frozen = nn.Parameter(torch.ones(3, dtype=torch.float64), requires_grad=False)
+        self.register_buffer("shift", torch.full((3,), 0.5, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.scale * self.linear(x) * self.frozen + self.shift
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (Odd(), (4,)),
+        (MLP((1, 6, 6), 5, [8]).double(), (1, 6, 6)),
+        (Conv4((1, 28, 28), 5, channels=8).double(), (1, 28, 28)),
+    ],
+)
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_each_task_gets_the_output_of_the_module_with_its_own_parameters(module, shape, tasks):
+    generator = torch.Generator().manual_seed(1)
+    functional = FunctionalModel(module)
+    params = functional.parameters() + 0.1 * torch.randn(tasks, functional.layout.size, generator=generator).double()
+    x = torch.randn(tasks, 7, *shape, generator=generator).double()
+    outputs = functional.predict(params, x)
+    before = functional.parameters()
+    for t in range(tasks):
+        functional.load(params[t])
+        torch.testing.assert_close(outputs[t], module(x[t]), rtol=1e-10, atol=1e-10)
+    functional.load(before)
+
+
+def test_frozen_parameters_and_buffers_are_no_meta_parameters():
+    functional = FunctionalModel(Odd())
+    assert functional.layout.names == ("scale", "linear.weight", "linear.bias")
+    assert functional.layout.size == 1 + 12 + 3
+    assert FunctionalModel(Odd()).parameters().shape == (16,)
+
+
+def test_conv4_has_the_size_of_the_reference_network():
+    assert FunctionalModel(Conv4((1, 28, 28), 5)).layout.size == 113_221
+    assert FunctionalModel(Conv4((1, 28, 28), 20)).layout.size == 117_076
+    with pytest.raises(ValueError, match="28x28"):
+        Conv4((3, 84, 84), 5)
+
+
+def test_hidden_state_is_refused_by_the_name_of_its_layer():
+    with pytest.raises(ModelError, match=r"layer '1' \(BatchNorm1d\) keeps running statistics"):
+        FunctionalModel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    with pytest.raises(ModelError, match=r"layer '0' \(Dropout\) drops at random"):
+        FunctionalModel(nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)))
+    with pytest.raises(ModelError, match="no parameter that requires a gradient"):
+        FunctionalModel(nn.Sequential(nn.ReLU()))
+    FunctionalModel(nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)))
