@@ -139,9 +139,9 @@ class MlflowRun:
                 self._client.set_terminated(run_id, status=status)
                 return
             except Exception as error:  # whatever the client's transport and store raise
-                self.trouble = f"{type(error).__name__}: {error}"
+                self.trouble = self._explain(error)
                 if time.monotonic() > deadline:
-                    raise self._unsent() from error
+                    raise self._unsent() from None  # the client's own error quotes the address with its password
                 time.sleep(1.0)
 
     def _unsent(self) -> TrackingError:
@@ -157,7 +157,13 @@ class MlflowRun:
                 self._send()
                 self.trouble, wait = None, _POLL_S
             except Exception as error:  # tracking must never stop training; `close` reports what is left
-                self.trouble, wait = f"{type(error).__name__}: {error}", min(2 * wait, _LONGEST_WAIT_S)
+                self.trouble, wait = self._explain(error), min(2 * wait, _LONGEST_WAIT_S)
+
+    def _explain(self, error: Exception) -> str:
+        """The client's error without user name and password."""
+        secret = urlsplit(self._uri).netloc.rpartition("@")[0]
+        text = f"{type(error).__name__}: {error}"
+        return text.replace(f"{secret}@", "") if secret else text
 
     def _send(self) -> None:
         """Send what is new; raises whatever the client raises, and then the same records are sent again."""

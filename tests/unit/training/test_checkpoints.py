@@ -85,7 +85,7 @@ def test_when_nothing_verifies_it_says_so_and_when_there_is_nothing_it_returns_n
     state = _state()
     path = checkpoints.save(tmp_path, 3, state.tensors(), state.facts())
     (path / checkpoints.MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="no checkpoint .* verifies"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint .* verifies"):
         checkpoints.load_newest(tmp_path)
 
 

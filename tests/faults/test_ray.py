@@ -1,0 +1,104 @@
+"""Real Ray workers: the bits of one local process, through the loss of a worker, of the driver, and Ctrl-C."""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+from helpers.command import Command, imaml, wait_for_step
+from helpers.datasets import write_blobs
+from helpers.runs import fingerprint, tiny, train_alone, write_config
+
+pytestmark = pytest.mark.faults
+
+STEPS = 30
+RUN = {"steps": STEPS, "checkpoint_every": 2, "backend": "ray", "workers": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blobs")
+    write_blobs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gold(data, tmp_path_factory):
+    """One process, no Ray, nothing goes wrong."""
+    return train_alone(tiny(data, steps=STEPS, checkpoint_every=2), tmp_path_factory.mktemp("gold") / "run")
+
+
+@pytest.fixture
+def config(data, tmp_path):
+    return write_config(tmp_path / "tiny.yaml", data, **RUN)
+
+
+def train(config, *more):
+    return ("train", str(config), "--run-dir", str(config.parent / "run"), *more)
+
+
+def result(config):
+    run = config.parent / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    found = fingerprint(run)
+    assert summary["params_sha256"] == found["params"]
+    assert summary["ledger"]["tasks"] == STEPS * 8
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(STEPS)), "every step once"
+    return summary, found
+
+
+def test_two_workers_give_the_bits_of_the_local_backend(config, gold, tmp_path):
+    code, output = imaml(*train(config), cwd=tmp_path)
+    assert code == 0, output
+    summary, found = result(config)
+    assert found == gold
+    assert (summary["world_size"], summary["restarts"]) == (2, 0)
+    assert not (tmp_path / "run" / "ray").exists()
+    code, output = imaml(*train(config), cwd=tmp_path)
+    assert code == 0
+    assert "is finished" in output
+
+
+@pytest.mark.parametrize("rank", [1])
+def test_a_killed_worker_changes_nothing(config, gold, tmp_path, rank):
+    with Command(*train(config), cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, command)
+        start = json.loads((tmp_path / "run" / "starts.jsonl").read_text().splitlines()[0])
+        os.kill(start["pids"][rank], signal.SIGKILL)
+        assert command.wait() == 0, command.output
+    summary, found = result(config)
+    assert found == gold
+    assert summary["restarts"] >= 1
+
+
+def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(config, gold, tmp_path):
+    with Command(*train(config), cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, command)
+        command.kill()
+    code, output = imaml(*train(config), cwd=tmp_path)
+    assert code == 0, output
+    summary, found = result(config)
+    assert found == gold
+    assert summary["restarts"] >= 1
+
+
+def test_ctrl_c_writes_a_checkpoint_and_the_local_backend_takes_over(config, gold, tmp_path):
+    with Command(*train(config), cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, command)
+        command.kill(signal.SIGINT)
+        began = time.monotonic()
+        assert command.wait() == 130, command.output
+        assert time.monotonic() - began < 60
+    assert "interrupted" in command.output
+    code, output = imaml(*train(config, "--backend", "local"), cwd=tmp_path)
+    assert code == 0, output
+    assert result(config)[1] == gold
+
+
+def test_training_that_cannot_go_on_says_why_and_exits_with_4(config, tmp_path):
+    code, output = imaml(*train(config, "--set", "algorithm.inner.lr=1e12"), cwd=tmp_path)
+    assert code == 4, output
+    assert "10 meta-steps in a row had no usable task" in output
+    assert "Traceback" not in output

@@ -1,0 +1,158 @@
+"""The command line as a user meets it: exit codes, one sentence for every mistake, and a whole run without Ray."""
+
+import json
+import signal
+import time
+
+import pytest
+from helpers.command import Command, imaml, wait_for_step
+from helpers.datasets import write_blobs
+from helpers.runs import fingerprint, tiny, train_alone, write_config
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("blobs")
+    write_blobs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(data, tmp_path_factory):
+    """A finished local run, made by the command itself."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = write_config(folder / "tiny.yaml", data)
+    code, output = imaml("train", str(config), "--run-dir", "run", cwd=folder)
+    assert code == 0, output
+    return folder, output
+
+
+def test_a_local_run_leaves_everything_it_promises(finished, data, tmp_path):
+    folder, output = finished
+    run = folder / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    for key in ("algorithm", "dataset", "way", "shot", "meta_steps", "test_accuracy", "ci95", "tasks_evaluated"):
+        assert summary[key] is not None, key
+    for key in ("tasks_per_second", "world_size", "restarts", "skipped_tasks", "params_sha256", "versions"):
+        assert summary[key] is not None, key
+    assert "test accuracy (20 tasks)" in output
+    assert (run / "report.html").stat().st_size > 10_000
+    record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
+    for key in ("meta_loss", "query_accuracy", "cg_residual", "stationarity", "distance", "cosine", "accepted"):
+        assert isinstance(record[key], float | int), key
+    for key in ("tasks_per_second", "seconds_data", "seconds_inner", "seconds_solve", "seconds_reduce"):
+        assert record[key] >= 0, key
+    assert fingerprint(run) == train_alone(tiny(data), tmp_path / "library")
+
+
+def test_finished_runs_are_not_repeated_and_fresh_ones_are(finished, data, tmp_path):
+    folder, _ = finished
+    before = (folder / "run" / "starts.jsonl").read_text()
+    code, output = imaml("train", "tiny.yaml", "--run-dir", "run", cwd=folder)
+    assert code == 0
+    assert "is finished" in output
+    assert (folder / "run" / "starts.jsonl").read_text() == before
+
+
+def test_evaluate_agrees_with_the_run_and_writes_json(finished):
+    folder, _ = finished
+    code, output = imaml("evaluate", "run", "--tasks", "20", "--json", "e.json", cwd=folder)
+    assert code == 0, output
+    result = json.loads((folder / "e.json").read_text())
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    assert result["accuracy"] == summary["test_accuracy"]
+    assert len(result["per_task"]) == 20
+    assert imaml("evaluate", "run", "--split", "val", "--tasks", "5", cwd=folder)[0] == 0
+
+
+def test_report_can_be_written_again(finished):
+    folder, _ = finished
+    page = (folder / "run" / "report.html").read_bytes()
+    (folder / "run" / "report.html").unlink()
+    code, output = imaml("report", "run", cwd=folder)
+    assert (code, output.strip()) == (0, "run/report.html")
+    assert (folder / "run" / "report.html").read_bytes() == page
+
+
+def test_first_order_baseline_and_other_models_run_by_one_switch(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, steps=2)
+    (tmp_path / "mine.py").write_text(
+        "from torch import nn\n"
+        "def make(image_shape, way, width):\n"
+        "    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.Tanh(), nn.Linear(width, way))\n"
+    )
+    for name, override in {
+        "fomaml": "algorithm.kind=fomaml",
+        "hessian": "algorithm.solver.operator=hessian",
+        "loop": "run.execution=loop",
+        "mlp": "model={kind: mlp, hidden: [16]}",
+        "own": "model={kind: 'mine:make', width: 8}",
+    }.items():
+        code, output = imaml("train", str(config), "--set", override, "--run-dir", name, cwd=tmp_path)
+        assert code == 0, output
+        assert (tmp_path / name / "report.html").is_file()
+
+
+def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_the_same_bits(data, tmp_path):
+    run = {"steps": 25, "checkpoint_every": 20}
+    config = write_config(tmp_path / "tiny.yaml", data, **run)
+    with Command("train", str(config), "--run-dir", "run", cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, command)
+        command.kill(signal.SIGINT)
+        assert command.wait() == 130, command.output
+    assert "the same command goes on from it" in command.output
+    assert imaml("train", str(config), "--run-dir", "run", cwd=tmp_path)[0] == 0
+    assert fingerprint(tmp_path / "run") == train_alone(tiny(data, **run), tmp_path / "gold")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["run.stepps=3"], "run.stepps: is not a known field; did you mean run.steps?"),
+        (["algorithm.lam=0"], "algorithm.lam: 0 given, should be greater than 0"),
+        (["data.url=nowhere"], "data.url: there is no folder nowhere"),
+        (["data.way=9"], "data.way: 9 classes per episode, but the val split"),
+        (["data.url=s3://bucket/x"], "scheme 's3' is not supported"),
+        (["run.device=cuda"], "run.device: cuda given"),
+        (["model={kind: 'no.such:thing'}"], "model.kind: 'no.such:thing' cannot be used"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2_before_anything_starts(data, tmp_path, overrides, says):
+    config = write_config(tmp_path / "tiny.yaml", data, backend="ray")
+    began = time.monotonic()
+    code, output = imaml("train", str(config), *(x for o in overrides for x in ("--set", o)), cwd=tmp_path)
+    assert code == 2, output
+    assert says in output
+    assert len(output.strip().splitlines()) == 1, output
+    assert not (tmp_path / "runs").exists()
+    assert time.monotonic() - began < 30, "nothing may be started for it"
+
+
+def test_a_truncated_shard_is_one_sentence_and_exit_code_2(tmp_path):
+    write_blobs(tmp_path / "blobs")
+    shard = next((tmp_path / "blobs").glob("train-*.tar"))
+    shard.write_bytes(shard.read_bytes()[:-700])
+    config = write_config(tmp_path / "tiny.yaml", tmp_path / "blobs")
+    for args in (("train", str(config)), ("verify", str(tmp_path / "blobs"))):
+        code, output = imaml(*args, cwd=tmp_path)
+        assert code == 2
+        assert "train-000000.tar is" in output
+        assert "Traceback" not in output
+
+
+def test_verify_accepts_what_is_whole(data, tmp_path):
+    code, output = imaml("verify", str(data), cwd=tmp_path)
+    assert code == 0
+    assert "3 shards and 28 class records verify" in output
+
+
+def test_other_mistakes_with_run_directories(data, tmp_path, finished):
+    folder, _ = finished
+    code, output = imaml("train", "tiny.yaml", "--set", "run.seed=3", "--run-dir", "run", cwd=folder)
+    assert (code, "run.seed: 3 given" in output) == (2, True)
+    for args in (("report", "nowhere"), ("evaluate", "nowhere"), ("mlflow-sync", "nowhere"), ("train", "none.yaml")):
+        code, output = imaml(*args, cwd=tmp_path)
+        assert code == 2, args
+        assert len(output.strip().splitlines()) == 1, output
+    code, output = imaml("evaluate", "run", "--split", "dev", cwd=folder)
+    assert (code, "train, val, test" in output) == (2, True)

@@ -1,0 +1,95 @@
+"""Every command in the README and the docs is run; every relative link leads somewhere."""
+
+import io
+import re
+import shlex
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from helpers.command import ROOT, imaml
+from PIL import Image
+
+from imaml_dist.data.prepare import omniglot
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The commands of a page's bash blocks, in order, without comments."""
+    lines = [
+        line for language, text in BLOCK.findall(page.read_text()) if language == "bash" for line in text.splitlines()
+    ]
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    """Where a reader would type the commands: the shipped configurations at the size of a test, Omniglot-shaped archives."""
+    folder = tmp_path_factory.mktemp("workspace")
+    (folder / "pipelines" / "configs").mkdir(parents=True)
+    for path in (ROOT / "pipelines" / "configs").glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        config["run"] |= {"steps": 2, "backend": "local", "tasks_per_step": 4}
+        config["algorithm"]["inner"]["steps"] = 1
+        config["model"]["channels"] = 4
+        config["validate"]["tasks"] = config["evaluate"]["tasks"] = 4
+        (folder / "pipelines" / "configs" / path.name).write_text(yaml.safe_dump(config))
+    buffer = io.BytesIO()
+    Image.fromarray(np.eye(105, dtype=np.uint8) * 255).convert("1").save(buffer, "PNG")
+    archives = folder / "path" / "to" / "archives"
+    archives.mkdir(parents=True)
+    first = 964
+    for name, numbers in zip(omniglot.ARCHIVES, (range(first), range(first, omniglot.CHARACTERS)), strict=True):
+        with zipfile.ZipFile(archives / f"{name}.zip", "w") as archive:
+            for c in numbers:
+                for d in range(omniglot.DRAWINGS):
+                    archive.writestr(
+                        f"{name}/Alphabet{c // 40:02d}/character{c % 40:02d}/{c:04d}_{d:02d}.png", buffer.getvalue()
+                    )
+    return folder
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
+def test_every_imaml_command_works(page, workspace):
+    for words in commands(page):
+        if words[0] == "imaml":
+            code, output = imaml(*words[1:], cwd=workspace)
+            assert code == 0, f"{' '.join(words)}\n{output}"
+        else:
+            assert words[0] == "make", f"{page.name}: nothing runs {words}"
+
+
+def test_every_make_command_has_its_target(tmp_path):
+    for page in PAGES:
+        for words in commands(page):
+            if words[0] == "make":
+                done = subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+
+
+def test_every_python_block_of_the_readme_runs(tmp_path):
+    for language, text in BLOCK.findall((ROOT / "README.md").read_text()):
+        if language == "python":
+            code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{text}"
+            subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+
+
+def test_the_documented_configuration_is_the_real_one():
+    from imaml_dist.config.load import build_config
+
+    page = (ROOT / "docs" / "index.md").read_text()
+    (text,) = [text for language, text in BLOCK.findall(page) if language == "yaml"]
+    documented = yaml.safe_load(text) | {"name": "x"}
+    assert build_config(documented).model_dump(by_alias=True) == build_config({"name": "x"}).model_dump(by_alias=True)
+
+
+def test_every_relative_link_leads_somewhere():
+    for page in PAGES:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / target).exists(), f"{page.name}: {target}"
