@@ -22,7 +22,8 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, resolve
 from imaml_dist.distributed.worker import Stop
-from imaml_dist.errors import TrackingError
+from imaml_dist.errors import InputError, TrackingError
+from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.metrics_file import Follower
 from imaml_dist.tracking.mlflow_run import MlflowRun, RunFacts
@@ -47,6 +48,17 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fre
     config = resolve(load_config(config_path, overrides), cuda=torch.cuda.is_available())
     run = RunDirectory(run_dir or Path("runs") / config.name)
     dataset = _preflight(config)
+    run.check_usable()
+    run.path.mkdir(parents=True, exist_ok=True)
+    with exclusive(run.driver_lock) as held:
+        if not held:
+            raise InputError(
+                f"{run.path} is being trained by another imaml train; wait for it, or choose another --run-dir"
+            )
+        return _train_run(config, run, dataset, fresh)
+
+
+def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool) -> bool:
     run.begin(config, fresh=fresh)
     if not fresh and _is_finished(config, run):
         console.out.print(f"{run.path} is finished; --fresh starts over, a larger run.steps goes on")
@@ -183,7 +195,7 @@ def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, track
         "seconds": facts["seconds"],
         "tasks_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "world_size": starts[-1]["world_size"],
-        "restarts": len([s for s in starts[1:] if s["step"] < config.run.steps]),
+        "restarts": len(starts) - 1,
         "skipped_tasks": len(facts["ledger"]["excluded"]),
         "ledger": {"tasks": facts["ledger"]["tasks"], "sha256": facts["ledger"]["digest"]},
         "params_sha256": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
+from contextlib import ExitStack
 from enum import IntEnum
 
 import torch
@@ -24,6 +25,7 @@ from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
 from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, gather_chunks, tree_sum
 from imaml_dist.errors import CheckpointError, StorageError, TrainingError
+from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints
 from imaml_dist.training.outer import clip_norm, learning_rate, make_optimizer
@@ -32,6 +34,10 @@ from imaml_dist.training.state import Best, MetaState
 
 GIVE_UP_AFTER = 10
 """Meta-steps in a row without a single usable task, after which training gives up."""
+
+
+WRITER_WAIT_S = 60.0
+"""How long to wait for the workers of a killed driver to be gone: Ray ends them, but not at once."""
 
 
 class Stop(IntEnum):
@@ -70,12 +76,17 @@ class Worker:
 
         Raises:
             TrainingError: too many steps in a row had no usable task.
-            StorageError: a checkpoint cannot be written.
+            StorageError: a checkpoint cannot be written, or other workers still write into the run directory.
             CheckpointError: no checkpoint of an earlier start verifies.
         """
-        stop = self._train()
-        if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:
-            meta_test(self.config, self.run, self.group, self.dataset)
+        with ExitStack() as stack:
+            if self.group.rank == 0 and not stack.enter_context(exclusive(self.run.writer_lock, WRITER_WAIT_S)):
+                raise StorageError(
+                    f"{self.run.path} is still written to by workers of an earlier start; end them and try again"
+                )
+            stop = self._train()
+            if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:
+                meta_test(self.config, self.run, self.group, self.dataset)
         return stop
 
     def _train(self) -> Stop:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
@@ -35,6 +39,32 @@ def atomic_write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
     os.replace(part, path)
     sync_folder(path.parent)
+
+
+@contextmanager
+def exclusive(path: Path, wait: float = 0.0) -> Iterator[bool]:
+    """Hold a lock file; the operating system frees it when the process ends, however it ends.
+
+    Args:
+        path: of the lock file, made if missing.
+        wait: seconds to wait for another holder.
+
+    Yields:
+        Whether the lock is held.
+    """
+    deadline = time.monotonic() + wait
+    with open(path, "a") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                if time.monotonic() >= deadline:
+                    yield False
+                    return
+                time.sleep(0.1)
+            else:
+                yield True
+                return
 
 
 def sync_folder(folder: Path) -> None:

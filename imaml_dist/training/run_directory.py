@@ -46,6 +46,8 @@ class RunDirectory:
         self.starts_file = path / "starts.jsonl"
         self.stop_file = path / "stop"
         self.failure_file = path / "failure.json"
+        self.driver_lock = path / ".driver.lock"
+        self.writer_lock = path / ".writer.lock"
 
     def begin(self, config: ExperimentConfig, *, fresh: bool = False) -> None:
         """Make the directory and write the resolved configuration, or check that it may go on under this one.
@@ -54,16 +56,36 @@ class RunDirectory:
             ConfigError: the directory holds a run whose configuration differs in a field that may not change.
             InputError: the directory holds something else, and is left alone.
         """
-        if self.path.exists() and any(self.path.iterdir()) and not self.config_file.is_file():
-            raise InputError(f"{self.path} is not empty and holds no run (no config.yaml); choose another --run-dir")
-        if fresh and self.config_file.is_file():
-            shutil.rmtree(self.path)
+        self.check_usable()
+        if fresh:
+            self._clear()
         if self.config_file.is_file():
             check_resumable(self.config(), config, self.path)
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.config_file, to_yaml(config).encode())
         for request in (self.stop_file, self.failure_file):
             request.unlink(missing_ok=True)
+
+    def check_usable(self) -> None:
+        """Refuse a folder that belongs to something else.
+
+        Raises:
+            InputError: the folder is not empty and holds no run.
+        """
+        if self._entries() and not self.config_file.is_file():
+            raise InputError(f"{self.path} is not empty and holds no run (no config.yaml); choose another --run-dir")
+
+    def _entries(self) -> list[Path]:
+        """What the folder holds besides our own locks, which are held while it is cleared."""
+        locks = (self.driver_lock, self.writer_lock)
+        return [entry for entry in self.path.iterdir() if entry not in locks] if self.path.is_dir() else []
+
+    def _clear(self) -> None:
+        for entry in self._entries():
+            if entry.is_dir():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
 
     def config(self) -> ExperimentConfig:
         """The configuration of the run.

@@ -146,6 +146,18 @@ def test_verify_accepts_what_is_whole(data, tmp_path):
     assert "3 shards and 28 class records verify" in output
 
 
+def test_two_commands_do_not_train_in_one_directory(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, steps=10_000)
+    with Command("train", str(config), "--run-dir", "run", cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 1, command)
+        code, output = imaml("train", str(config), "--run-dir", "run", "--fresh", cwd=tmp_path)
+        assert code == 2
+        assert "is being trained by another imaml train" in output
+        assert command.process.poll() is None
+        command.kill(signal.SIGTERM)
+        assert command.wait() == 130
+
+
 def test_other_mistakes_with_run_directories(data, tmp_path, finished):
     folder, _ = finished
     code, output = imaml("train", "tiny.yaml", "--set", "run.seed=3", "--run-dir", "run", cwd=folder)
