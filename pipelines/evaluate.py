@@ -10,11 +10,12 @@ from typing import Any
 import torch
 
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source
+from imaml_dist.distributed.build import make_deterministic, make_learner, make_source
 from imaml_dist.errors import ConfigError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.state import model_tensors
 from pipelines import console
 
 
@@ -33,11 +34,12 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
     config = run.config()
     if config.run.device == "cuda" and not torch.cuda.is_available():
         config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
-    torch.set_num_threads(config.run.threads)
+    make_deterministic(config)
     source = make_source(config, Dataset(config.data.url), split)
     learner = make_learner(config, source.image_shape)
-    tensors, facts = checkpoints.load(run.best_checkpoint())
-    learner.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    step = run.best_checkpoint()
+    tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
+    learner.model.load_state_dict(model_tensors(tensors))
     with console.progress(f"evaluating {config.name} on {split}") as show:
         result = evaluate(
             learner, source, tasks, device=config.run.device, progress=lambda done, total: show(done, total, "")
@@ -48,13 +50,13 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
             "split": split,
             "tasks": str(tasks),
             "accuracy": console.percent(result.mean, result.ci95),
-            "checkpoint of step": str(facts["ledger"]["steps"]),
+            "checkpoint of step": str(step),
         },
     )
     return {
         "split": split,
         "tasks": tasks,
-        "step": facts["ledger"]["steps"],
+        "step": step,
         "accuracy": result.mean,
         "ci95": result.ci95,
         "per_task": result.per_task,

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from imaml_dist.config.load import load_config
+from imaml_dist.config.load import flatten, load_config
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, resolve
@@ -237,7 +237,7 @@ def mlflow_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset) ->
     facts = RunFacts(
         experiment=config.tracking.experiment or config.name,
         name=config.name,
-        params=_flat(config.model_dump(by_alias=True)),
+        params=flatten(config),
         tags={
             "algorithm": config.algorithm.kind,
             "run_directory": str(run.path.resolve()),
@@ -264,13 +264,6 @@ def _close(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
         console.err.print(str(error), soft_wrap=True)
     if status == "FINISHED":
         run.write_json(run.summary_file, run.read_json(run.summary_file) | {"mlflow": tracker.identity})
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, below in value.items():
-        flat |= _flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
-    return flat
 
 
 def _versions() -> dict[str, str]:

@@ -20,7 +20,7 @@ from imaml_dist.core.implicit import MetaGradient, implicit_meta_gradient
 from imaml_dist.core.inner.gradient_descent import gradient_descent
 from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
-from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.core.linear.solution import LinearSolution, Outcome
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.core.proximal import ScalarProximal
 from imaml_dist.core.unrolled import first_order_meta_gradient
@@ -210,7 +210,9 @@ class MetaLearner:
             meta = first_order_meta_gradient(query_loss, inner.params)
         clock.lap("solve")
 
-        finite = meta.gradient.isfinite().all(-1) & meta.query_loss.isfinite()
+        finite = meta.gradient.isfinite().all(-1) & meta.first_order.isfinite().all(-1) & meta.query_loss.isfinite()
+        if meta.solution is not None:  # the solver returns its last finite iterate, which says nothing of the task
+            finite &= meta.solution.outcome != int(Outcome.NON_FINITE)
         outcome = torch.where((outcome == 0) & ~finite, int(TaskOutcome.NON_FINITE), outcome)
         rows = torch.where((outcome == int(TaskOutcome.OK))[:, None], meta.gradient, 0.0)
         none = torch.full_like(outcome, NO_SOLVE)
@@ -225,7 +227,8 @@ class MetaLearner:
             cg_residual=torch.full_like(inner.loss, torch.nan) if solution is None else solution.residual,
             stationarity=inner.stationarity,
             distance=torch.linalg.vector_norm(inner.params - anchor, dim=-1),
-            cosine=cosine_similarity(meta.gradient, meta.first_order, dim=-1, eps=torch.finfo(rows.dtype).tiny),
+            # In float64, for the squares of small gradients vanish in float32.
+            cosine=cosine_similarity(meta.gradient.double(), meta.first_order.double(), dim=-1, eps=1e-300),
         )
         return TaskGradients(rows=rows, tasks=record, seconds=clock.seconds)
 
@@ -260,13 +263,23 @@ class MetaLearner:
             redo = meta.solution.outcome == int(Outcome.NEGATIVE_CURVATURE)
             if bool(redo.any()):
                 again = solve(curvature=gauss_newton())
-                meta = MetaGradient(
-                    gradient=torch.where(redo[:, None], again.gradient, meta.gradient),
-                    first_order=meta.first_order,
-                    query_loss=meta.query_loss,
-                    solution=meta.solution,  # its outcome stays NEGATIVE_CURVATURE: the fallback is counted, not hidden
-                )
+                meta = _replace(meta, again, redo)
         return meta
+
+
+def _replace(meta: MetaGradient, again: MetaGradient, redo: Tensor) -> MetaGradient:
+    """`meta` with the tasks of `redo` from `again`; their outcome stays NEGATIVE_CURVATURE, so the fallback is counted."""
+    old, new = meta.solution, again.solution
+    assert old is not None
+    assert new is not None
+    solution = LinearSolution(
+        value=torch.where(redo[:, None], new.value, old.value),
+        outcome=torch.where(redo & (new.outcome == int(Outcome.NON_FINITE)), new.outcome, old.outcome),
+        iterations=torch.where(redo, new.iterations, old.iterations),
+        residual=torch.where(redo, new.residual, old.residual),
+    )
+    gradient = torch.where(redo[:, None], again.gradient, meta.gradient)
+    return MetaGradient(gradient, meta.first_order, meta.query_loss, solution)
 
 
 def _accuracy(outputs: Tensor, labels: Tensor) -> Tensor:

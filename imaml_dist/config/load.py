@@ -81,6 +81,18 @@ def to_yaml(config: ExperimentConfig) -> str:
     return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
 
 
+def flatten(config: ExperimentConfig) -> dict[str, Any]:
+    """Every field under its dotted path, as `--set` would name it."""
+    return _flat(config.model_dump(by_alias=True))
+
+
+def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, below in value.items():
+        flat |= _flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
+    return flat
+
+
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader

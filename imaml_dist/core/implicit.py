@@ -64,9 +64,9 @@ def implicit_meta_gradient(
 ) -> MetaGradient:
     """Implicit meta-gradients `g_t = Lambda u_t`, `(H_t + Lambda + mu I) u_t = v_t`, for T tasks at once.
 
-    Exact up to the solver's residual when phi is the minimiser of the inner problem; away from it the error is
-    bounded by theorem 1 of the paper, so watch the inner solve's stationarity. The gradient with respect to Lambda
-    itself is `proximal.gradient(u, adapted - anchor)`, from the same solve.
+    With the Hessian and without damping it is exact up to the solver's residual when phi is the minimiser of the inner
+    problem; away from it the error is bounded by theorem 1 of the paper, so watch the inner solve's stationarity. The
+    gradient with respect to Lambda itself is `proximal.gradient(u, adapted - anchor)`, from the same solve.
 
     Where the solver meets negative curvature in its first step no system has been solved at all and `u` is the zero
     start: the task then gets the first-order direction `g = v`, its outcome and residual say so.

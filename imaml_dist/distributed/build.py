@@ -43,6 +43,15 @@ def resolve(config: ExperimentConfig, *, cuda: bool) -> ExperimentConfig:
     return config.model_copy(update={"run": run.model_copy(update={"device": device, "execution": execution})})
 
 
+def make_deterministic(config: ExperimentConfig) -> None:
+    """Set up this process so that equal work gives equal bits: threads, algorithms, no TF32."""
+    torch.set_num_threads(config.run.threads)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
+
+
 def make_model(model: ModelConfig, image_shape: tuple[int, int, int], way: int, seed: int) -> nn.Module:
     """The network, initialised from `seed` alone; the global random state is left as it was.
 

@@ -13,11 +13,12 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
-from imaml_dist.distributed.reduction import Group, gather_chunks
+from imaml_dist.distributed.reduction import Group, first_rank_decides, gather_chunks
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import TASKS_AT_ONCE, Evaluation, predict_queries, task_accuracies
 from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.state import model_tensors
 
 
 def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, tasks: int) -> Evaluation:
@@ -51,8 +52,10 @@ def meta_test(
     source = make_source(config, dataset, split)
     untrained = make_learner(config, source.image_shape)
     trained = make_learner(config, source.image_shape)
-    tensors, facts = checkpoints.load(run.best_checkpoint())
-    trained.model.load_state_dict({n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")})
+    # Rank 0 chooses, for it alone knows that what it has written is whole.
+    step = first_rank_decides(group, run.best_checkpoint)
+    tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
+    trained.model.load_state_dict(model_tensors(tensors))
     before = shared_accuracy(group, untrained, source, config.evaluate.tasks)
     after = shared_accuracy(group, trained, source, config.evaluate.tasks)
     result: dict[str, Any] = {
@@ -61,7 +64,7 @@ def meta_test(
         "shot": config.data.shot,
         "query": config.evaluate.query,
         "tasks": config.evaluate.tasks,
-        "step": facts["ledger"]["steps"],
+        "step": step,
         "trained": vars(after),
         "untrained": vars(before),
     }

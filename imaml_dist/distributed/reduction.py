@@ -7,6 +7,7 @@ Traffic per rank: `chunks * P` numbers, against about `2 P` of a ring all-reduce
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Protocol
 
 import torch
@@ -14,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from imaml_dist.distributed.chunks import dealt_to
+from imaml_dist.errors import ImamlError
 
 
 class Group(Protocol):
@@ -62,6 +64,26 @@ class ProcessGroup:
         total = mine.clone()
         dist.all_reduce(total)
         return total
+
+
+def first_rank_decides(group: Group, decide: Callable[[], int]) -> int:
+    """What rank 0's `decide` returns, on every rank. What it raises is raised on every rank, so that none waits for another.
+
+    Raises:
+        ImamlError: raised by `decide`; ranks other than 0 only know that it was.
+    """
+    choice, error = [0, 0], None
+    if group.rank == 0:
+        try:
+            choice = [1, decide()]
+        except ImamlError as caught:
+            error = caught
+    found, value = group.gather(torch.tensor(choice, dtype=torch.int64))[0].tolist()
+    if error is not None:
+        raise error
+    if not found:
+        raise ImamlError("rank 0 gave up; its own error says why")
+    return int(value)
 
 
 def tree_sum(rows: Tensor) -> Tensor:

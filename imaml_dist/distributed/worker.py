@@ -6,6 +6,7 @@ rank, solve for their meta-gradients, sum over all ranks, step. Rank 0 writes me
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections import Counter
@@ -20,17 +21,17 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source
+from imaml_dist.distributed.build import make_deterministic, make_learner, make_source
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
-from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, gather_chunks, tree_sum
-from imaml_dist.errors import CheckpointError, StorageError, TrainingError
+from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, first_rank_decides, gather_chunks, tree_sum
+from imaml_dist.errors import StorageError, TrainingError
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints
 from imaml_dist.training.outer import clip_norm, learning_rate, make_optimizer
 from imaml_dist.training.run_directory import RunDirectory
-from imaml_dist.training.state import Best, MetaState
+from imaml_dist.training.state import Best, MetaState, sha256_of
 
 GIVE_UP_AFTER = 10
 """Meta-steps in a row without a single usable task, after which training gives up."""
@@ -59,7 +60,7 @@ class Worker:
     """
 
     def __init__(self, config: ExperimentConfig, run: RunDirectory, group: Group) -> None:
-        _make_deterministic(config)
+        make_deterministic(config)
         self.config, self.run, self.group = config, run, group
         self.dataset = Dataset(config.data.url)
         self.train_source = make_source(config, self.dataset, "train")
@@ -67,7 +68,6 @@ class Worker:
         self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
         self.state = MetaState(self.learner.model, make_optimizer(self.learner.model, config.outer))
         self.chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
-        self.skipped_in_a_row = 0
 
     def run_to_end(self) -> Stop:
         """Train until the configured end or a request to stop, then meta-test unless interrupted.
@@ -104,27 +104,28 @@ class Worker:
         return stop
 
     def _resume(self) -> None:
-        found = self._newest_checkpoint()
-        if found >= 0:
-            self.state.restore(*checkpoints.load(self.run.checkpoints / f"step-{found:08d}"))
-        pids = [int(p[0]) for p in self.group.gather(torch.tensor([os.getpid()], dtype=torch.float64))]
+        """Take over the newest checkpoint that verifies, and make sure that all ranks begin alike."""
+        rejected: list[str] = []
+        found = first_rank_decides(self.group, lambda: self._newest_checkpoint(rejected))
+        if found > 0:
+            self.state.restore(*checkpoints.load(checkpoints.path_of(self.run.checkpoints, found)))
+        digest = int(sha256_of(self.state.tensors())[:15], 16)
+        begun = self.group.gather(torch.tensor([os.getpid(), digest], dtype=torch.int64))
+        if len({int(b[1]) for b in begun}) > 1:
+            raise TrainingError(
+                "the workers do not begin with the same meta-parameters; a model factory must build the same network everywhere "
+                "(seed it from torch alone), and all workers must run on one kind of machine"
+            )
         if self.group.rank == 0:
+            # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
+            checkpoints.discard_after(self.run.checkpoints, found)
             metrics_file.rewind(self.run.metrics_file, self.state.step)
-            self.run.record_start({"step": self.state.step, "world_size": self.group.world, "pids": pids})
+            facts = {"step": self.state.step, "world_size": self.group.world, "pids": [int(b[0]) for b in begun]}
+            self.run.record_start(facts | ({"rejected": rejected} if rejected else {}))
 
-    def _newest_checkpoint(self) -> int:
-        """Step of the newest checkpoint that verifies, chosen by rank 0 for all; -1 if there is none."""
-        step, error = -1, None
-        if self.group.rank == 0:
-            try:
-                loaded = checkpoints.load_newest(self.run.checkpoints)
-                step = -1 if loaded is None else int(loaded[1]["ledger"]["steps"])
-            except CheckpointError as caught:
-                step, error = -2, caught
-        step = int(self.group.gather(torch.tensor([step], dtype=torch.float64))[0])
-        if step == -2:
-            raise error or CheckpointError(f"no checkpoint in {self.run.checkpoints} verifies; start over with --fresh")
-        return step
+    def _newest_checkpoint(self, rejected: list[str]) -> int:
+        loaded = checkpoints.load_newest(self.run.checkpoints, rejected.append)
+        return 0 if loaded is None else int(loaded[1]["ledger"]["steps"])
 
     def _should_stop(self) -> Stop:
         """This rank's opinion; `_agree` makes one of all."""
@@ -159,7 +160,8 @@ class Worker:
         reduce = time.perf_counter()
         size = self.learner.functional.layout.size
         device, count = self.config.run.device, len(self.chunks)
-        mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=device)
+        dtype = next(self.learner.model.parameters()).dtype
+        mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=device, dtype=dtype)
         facts = (
             torch.stack(rows)
             if rows
@@ -182,6 +184,7 @@ class Worker:
             "time": time.time(),
             **_task_metrics(tasks),
             "grad_norm": norm,
+            "step_skipped": int(self.state.skipped_in_a_row > 0),
             "lr": rate,
             "tasks_per_second": len(tasks.outcome) / elapsed,
             "seconds_step": elapsed,
@@ -195,9 +198,9 @@ class Worker:
         usable = accepted > 0
         if usable:
             gradient, norm = clip_norm(total / accepted, self.config.outer.clip)
-            usable = bool(torch.isfinite(gradient).all())
-        self.skipped_in_a_row = 0 if usable else self.skipped_in_a_row + 1
-        if self.skipped_in_a_row >= GIVE_UP_AFTER:
+            usable = math.isfinite(norm)
+        self.state.skipped_in_a_row = 0 if usable else self.state.skipped_in_a_row + 1
+        if self.state.skipped_in_a_row >= GIVE_UP_AFTER:
             codes = Counter(TaskOutcome(code).name for _, _, code in self.state.ledger.excluded)
             newest = max(checkpoints.steps(self.run.checkpoints), default=None)
             raise TrainingError(
@@ -237,14 +240,6 @@ class Worker:
             raise StorageError(
                 f"{self.run.path} cannot be written ({error}); free space and run the same command again to resume"
             ) from error
-
-
-def _make_deterministic(config: ExperimentConfig) -> None:
-    torch.set_num_threads(config.run.threads)
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
 
 
 def _task_metrics(tasks: TaskRecord) -> metrics_file.Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
 from imaml_dist.core.vector import ParameterLayout
@@ -26,7 +26,7 @@ class FunctionalModel:
 
     Raises:
         ModelError: no parameter requires a gradient, or a layer makes the objective random or dependent on history:
-            dropout that is switched on, or batch normalisation with running statistics.
+            dropout that is switched on, or normalisation with running statistics.
     """
 
     def __init__(self, module: nn.Module) -> None:
@@ -65,7 +65,7 @@ class FunctionalModel:
 def _refuse_hidden_state(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         where = f"layer {name or '(root)'!r} ({type(layer).__name__})"
-        if isinstance(layer, _BatchNorm) and layer.track_running_stats:
+        if isinstance(layer, _NormBase) and layer.track_running_stats:
             raise ModelError(
                 f"{where} keeps running statistics, so the support loss would depend on the order of tasks; "
                 "build it with track_running_stats=False to use batch statistics"

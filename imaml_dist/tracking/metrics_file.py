@@ -15,9 +15,17 @@ Record = dict[str, Any]
 
 def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line; numbers that are not finite become null, so that any JSON reader can read the file."""
-    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(clean, allow_nan=False) + "\n")
+        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+
+
+def finite(value: Any) -> Any:
+    """The same JSON value with null for every number that is not finite."""
+    if isinstance(value, Mapping):
+        return {key: finite(below) for key, below in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(below) for below in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read(path: Path) -> list[Record]:

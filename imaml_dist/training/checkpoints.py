@@ -38,7 +38,7 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
     """
     from safetensors.torch import save as serialise
 
-    final = folder / f"step-{step:08d}"
+    final = path_of(folder, step)
     if final.is_dir():
         try:
             _verified(final)
@@ -95,7 +95,7 @@ def load_newest(
     reasons = []
     for step in reversed(steps(folder)):
         try:
-            return load(folder / f"step-{step:08d}")
+            return load(path_of(folder, step))
         except CheckpointError as error:
             reasons.append(str(error))
             if rejected is not None:
@@ -105,11 +105,23 @@ def load_newest(
     return None
 
 
+def path_of(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies, whether it exists or not."""
+    return folder / f"step-{step:08d}"
+
+
+def discard_after(folder: Path, step: int) -> None:
+    """Delete the checkpoints of later steps than `step`."""
+    for later in steps(folder):
+        if later > step:
+            shutil.rmtree(path_of(folder, later))
+
+
 def prune(folder: Path, keep: int, best: int) -> None:
     """Delete all checkpoints but the newest `keep` and the one of step `best`, and leftovers of interrupted writes."""
     for step in steps(folder)[:-keep]:
         if step != best:
-            shutil.rmtree(folder / f"step-{step:08d}")
+            shutil.rmtree(path_of(folder, step))
     for leftover in folder.glob(".step-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -39,12 +39,13 @@ class Evaluation:
 
 
 def predict_queries(learner: MetaLearner, episodes: EpisodeBatch, theta: Tensor | None = None) -> Tensor:
-    """Labels `[T, N*Q]` of the query samples after adapting to the support samples."""
+    """Labels `[T, N*Q]` of the query samples after adapting to the support samples; -1 where outputs are not finite."""
     if learner.execution == "loop" and len(episodes) > 1:
         return torch.cat([predict_queries(learner, episodes[t : t + 1], theta) for t in range(len(episodes))])
     phi = learner.adapt_parameters(episodes.support_x, episodes.support_y, theta).params
     with torch.no_grad():
-        return learner.functional.predict(phi, episodes.query_x).argmax(-1)
+        outputs = learner.functional.predict(phi, episodes.query_x)
+    return torch.where(outputs.isfinite().all(-1), outputs.argmax(-1), -1)
 
 
 def task_accuracies(learner: MetaLearner, episodes: EpisodeBatch) -> Tensor:

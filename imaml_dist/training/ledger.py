@@ -1,6 +1,6 @@
-"""The ledger: which (step, task) have been committed, in constant space.
+"""The ledger: which (step, task) have been committed.
 
-Committed steps are consecutive from 0 and each holds all of its tasks, so a count tells which they are. A running
+Committed steps are consecutive from 0 and each holds all of its tasks, so two counts tell which they are. A running
 sha256 over every task's outcome tells whether two runs committed the same; excluded tasks are listed by name.
 """
 

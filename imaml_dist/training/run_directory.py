@@ -8,10 +8,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from imaml_dist.config.load import load_config, to_yaml
+from imaml_dist.config.load import flatten, load_config, to_yaml
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.errors import CheckpointError, ConfigError, InputError
 from imaml_dist.storage.local import atomic_write
+from imaml_dist.tracking.metrics_file import finite
 from imaml_dist.training import checkpoints
 
 RESUMABLE = (
@@ -25,7 +26,9 @@ RESUMABLE = (
     "evaluate",
     "tracking",
 )
-"""Fields, or whole sections, that a resumed run may change: none of them changes what a meta-step computes."""
+"""Fields, or whole sections, that a resumed run may change: none of them changes what a meta-step computes.
+
+`run.steps` does under a schedule other than constant, and is refused then."""
 
 
 class RunDirectory:
@@ -114,8 +117,8 @@ class RunDirectory:
             self.stop_file.touch()
 
     def write_json(self, path: Path, value: Any) -> None:
-        """Write one of the run's JSON files, whole or not at all."""
-        atomic_write(path, (json.dumps(value, indent=1) + "\n").encode())
+        """Write one of the run's JSON files, whole or not at all; numbers that are not finite become null."""
+        atomic_write(path, (json.dumps(finite(value), indent=1, allow_nan=False) + "\n").encode())
 
     def read_json(self, path: Path) -> Any:
         """Read one of the run's JSON files; None if it does not exist.
@@ -130,18 +133,24 @@ class RunDirectory:
         except ValueError as error:
             raise InputError(f"{path} is not JSON ({error}); delete it and run the command again") from error
 
-    def best_checkpoint(self) -> Path:
-        """The checkpoint with the best validation accuracy; the newest one where the run does not validate.
+    def best_checkpoint(self) -> int:
+        """Step of the checkpoint with the best validation accuracy.
+
+        The newest one that verifies where the run does not validate, or where the best one is lost.
 
         Raises:
-            CheckpointError: there is none, or it does not verify.
+            CheckpointError: there is none, or none verifies.
         """
         newest = checkpoints.load_newest(self.checkpoints)
         if newest is None:
             raise CheckpointError(f"{self.path} has no checkpoint yet; let the run reach its first one")
         _, facts = newest
-        step = facts["best"]["step"]
-        return self.checkpoints / f"step-{facts['ledger']['steps'] if step < 0 else step:08d}"
+        best = int(facts["best"]["step"])
+        try:
+            checkpoints.load(checkpoints.path_of(self.checkpoints, best))
+        except CheckpointError:
+            return int(facts["ledger"]["steps"])
+        return best
 
 
 def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -> None:
@@ -150,7 +159,12 @@ def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -
     Raises:
         ConfigError: they differ in a field that may not change; the message names the first one.
     """
-    before, after = _flat(old.model_dump(by_alias=True)), _flat(new.model_dump(by_alias=True))
+    before, after = flatten(old), flatten(new)
+    if old.run.steps != new.run.steps and new.outer.schedule != "constant":
+        raise ConfigError(
+            f"run.steps: {new.run.steps} given, but the run in {where} was begun with {old.run.steps}, and with outer.schedule "
+            f"{new.outer.schedule!r} every step's rate depends on it; restore the old value, or start over with --fresh"
+        )
     for field in sorted(before.keys() | after.keys()):
         if before.get(field) != after.get(field) and not any(
             field == r or field.startswith(r + ".") for r in RESUMABLE
@@ -159,10 +173,3 @@ def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -
                 f"{field}: {after.get(field)!r} given, but the run in {where} was begun with {before.get(field)!r}, and a resumed run "
                 f"may only change {', '.join(RESUMABLE)}; restore the old value, choose another --run-dir, or start over with --fresh"
             )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, below in value.items():
-        flat |= _flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
-    return flat

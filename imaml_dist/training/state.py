@@ -23,13 +23,14 @@ class Best:
 
 @dataclass
 class MetaState:
-    """Meta-parameters, optimiser, ledger, best validation, and seconds spent in the training loop."""
+    """Meta-parameters, optimiser, ledger, best validation, seconds in the loop, and steps skipped just now in a row."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     ledger: Ledger = field(default_factory=Ledger)
     best: Best = field(default_factory=Best)
     seconds: float = 0.0
+    skipped_in_a_row: int = 0
 
     @property
     def step(self) -> int:
@@ -37,15 +38,20 @@ class MetaState:
         return self.ledger.steps
 
     def tensors(self) -> dict[str, Tensor]:
-        """`model.<name>` and `optimizer.<parameter number>.<name>`, contiguous, on the CPU."""
+        """`model.<name>` and `optimizer.<parameter number>.<name>`: copies on the CPU, tied weights under both names."""
         named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
         for number, slots in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{number}.{name}": value for name, value in slots.items() if isinstance(value, Tensor)}
-        return {name: value.detach().to("cpu").contiguous() for name, value in named.items()}
+        return {name: value.detach().to("cpu").contiguous().clone() for name, value in named.items()}
 
     def facts(self) -> dict[str, Any]:
         """What is not a tensor, in JSON."""
-        return {"ledger": self.ledger.to_dict(), "best": asdict(self.best), "seconds": self.seconds}
+        return {
+            "ledger": self.ledger.to_dict(),
+            "best": asdict(self.best),
+            "seconds": self.seconds,
+            "skipped_in_a_row": self.skipped_in_a_row,
+        }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """Take over a saved state.
@@ -53,7 +59,7 @@ class MetaState:
         Raises:
             CheckpointError: names or shapes differ from this model's.
         """
-        model = {n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+        model = model_tensors(tensors)
         expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
         found = {name: tuple(value.shape) for name, value in model.items()}
         if expected != found:
@@ -69,6 +75,12 @@ class MetaState:
                 slots.setdefault(int(number), {})[slot] = value
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
         self.ledger, self.best, self.seconds = Ledger(**facts["ledger"]), Best(**facts["best"]), float(facts["seconds"])
+        self.skipped_in_a_row = int(facts["skipped_in_a_row"])
+
+
+def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The model's part of a saved state, as `load_state_dict` takes it."""
+    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
 
 
 def sha256_of(tensors: dict[str, Tensor]) -> str:

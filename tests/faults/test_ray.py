@@ -7,20 +7,12 @@ import time
 
 import pytest
 from helpers.command import Command, imaml, wait_for_step
-from helpers.datasets import write_blobs
 from helpers.runs import fingerprint, tiny, train_alone, write_config
 
 pytestmark = pytest.mark.faults
 
 STEPS = 30
 RUN = {"steps": STEPS, "checkpoint_every": 2, "backend": "ray", "workers": 2}
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blobs")
-    write_blobs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +53,7 @@ def test_two_workers_give_the_bits_of_the_local_backend(config, gold, tmp_path):
     assert "is finished" in output
 
 
-@pytest.mark.parametrize("rank", [1])
+@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_killed_worker_changes_nothing(config, gold, tmp_path, rank):
     with Command(*train(config), cwd=tmp_path) as command:
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, command)

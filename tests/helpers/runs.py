@@ -1,6 +1,7 @@
 """Small training runs for tests: a tiny network on made images, seconds instead of minutes."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import resolve
 from imaml_dist.distributed.reduction import Alone, ProcessGroup
 from imaml_dist.distributed.worker import Worker
+from imaml_dist.errors import ImamlError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of
@@ -48,6 +50,27 @@ def train_alone(config: ExperimentConfig, path: Path) -> dict[str, Any]:
 def train_in_a_group(raw: dict[str, Any], path: str) -> None:
     """For `helpers.gloo.run_group`: one rank of a begun run."""
     Worker(resolve(build_config(raw), cuda=False), RunDirectory(Path(path)), ProcessGroup()).run_to_end()
+
+
+def train_in_a_group_with_slow_disk(raw: dict[str, Any], path: str) -> None:
+    """As `train_in_a_group`, but a checkpoint takes a second to write."""
+    save = checkpoints.save
+
+    def slow(*args: Any) -> Path:
+        time.sleep(1.0)
+        return save(*args)
+
+    checkpoints.save = slow
+    train_in_a_group(raw, path)
+
+
+def error_of_training(raw: dict[str, Any], path: str) -> str:
+    """What training says as it refuses to begin."""
+    try:
+        train_in_a_group(raw, path)
+    except ImamlError as error:
+        return str(error)
+    return ""
 
 
 def fingerprint(path: Path) -> dict[str, Any]:

@@ -11,13 +11,6 @@ from helpers.runs import fingerprint, tiny, train_alone, write_config
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blobs")
-    write_blobs(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def finished(data, tmp_path_factory):
     """A finished local run, made by the command itself."""
     folder = tmp_path_factory.mktemp("finished")

@@ -3,22 +3,23 @@
 import json
 
 import pytest
-from helpers.datasets import write_blobs
 from helpers.gloo import run_group
-from helpers.runs import fingerprint, raw_config, tiny, train_alone, train_in_a_group
+from helpers.runs import (
+    error_of_training,
+    fingerprint,
+    raw_config,
+    tiny,
+    train_alone,
+    train_in_a_group,
+    train_in_a_group_with_slow_disk,
+)
 
+from imaml_dist.config.load import build_config
 from imaml_dist.distributed.reduction import Alone
 from imaml_dist.distributed.worker import Stop, Worker
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blobs")
-    write_blobs(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +80,31 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(data, gold, tm
     newest.write_bytes(newest.read_bytes()[:-1] + b"x")
     assert train_alone(tiny(data), path) == gold
     assert [s["step"] for s in RunDirectory(path).starts()] == [0, 3]
+
+
+def test_every_rank_tests_the_same_checkpoint_however_long_it_takes_to_write(data, tmp_path):
+    """Without validation the newest checkpoint is tested, which rank 0 may still be writing when the others are done."""
+    expected = train_alone(tiny(data, "validate.tasks=0"), tmp_path / "alone")
+    raw = raw_config(data) | {"validate": {"tasks": 0}}
+    RunDirectory(tmp_path / "run").begin(tiny(data, "validate.tasks=0"))
+    run_group(2, train_in_a_group_with_slow_disk, raw, str(tmp_path / "run"))
+    assert fingerprint(tmp_path / "run") == expected
+
+
+def test_ranks_that_do_not_begin_alike_are_stopped_at_once(data, tmp_path):
+    raw = raw_config(data) | {"model": {"kind": "helpers.models:different_everywhere"}}
+    run = RunDirectory(tmp_path / "run")
+    run.begin(build_config(raw))
+    said = run_group(2, error_of_training, raw, str(run.path))
+    assert all("do not begin with the same meta-parameters" in s for s in said)
+    assert not run.metrics_file.exists()
+
+
+def test_tied_weights_train_and_resume(data, tmp_path):
+    own = "model={kind: 'helpers.models:tied'}"
+    expected = train_alone(tiny(data, own), tmp_path / "whole")
+    train_alone(tiny(data, own, steps=4), tmp_path / "parts")
+    assert train_alone(tiny(data, own), tmp_path / "parts")["state"] == expected["state"]
 
 
 def test_max_seconds_ends_a_run_with_a_validated_checkpoint(data, tmp_path):

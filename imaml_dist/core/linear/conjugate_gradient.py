@@ -69,6 +69,7 @@ def conjugate_gradient(
     z = r if preconditioner is None else preconditioner(r)
     p, rz = z, dot(r, z)
     finite = rz.isfinite()
+    x = torch.where(finite[:, None], x, 0.0)
     done = torch.linalg.vector_norm(r, dim=-1) <= threshold
     active = finite & ~done
     outcome = torch.full_like(rz, running, dtype=torch.int64)

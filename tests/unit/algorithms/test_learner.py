@@ -14,6 +14,7 @@ from imaml_dist import (
     evaluate,
 )
 from imaml_dist.algorithms.learner import NO_SOLVE, TaskRecord, cross_entropy
+from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.models.mlp import MLP
 
 WAY = 3
@@ -93,14 +94,51 @@ def test_record_tells_how_every_solve_went():
 
 
 def test_a_bad_task_is_excluded_and_changes_nothing_else():
-    source = Blobs()
-    episodes = source.episodes(0, range(4))
-    good = learner().meta_gradient(episodes[1:])
+    episodes = Blobs().episodes(0, range(4))
+    whole = learner().task_gradients(episodes)
     episodes.support_x[0, 0] = torch.nan
-    with_bad = learner().meta_gradient(episodes)
+    with_bad = learner().task_gradients(episodes)
     assert with_bad.tasks.outcome.tolist() == [TaskOutcome.NON_FINITE, 0, 0, 0]
-    for name, value in good.gradient.items():
-        torch.testing.assert_close(with_bad.gradient[name], value, rtol=1e-12, atol=1e-14)
+    assert torch.equal(with_bad.rows[1:], whole.rows[1:]), "the other tasks keep their bits"
+    assert (with_bad.rows[0] == 0).all()
+    mean = learner().meta_gradient(episodes).gradient
+    vector = learner().functional.layout.flatten(mean)
+    torch.testing.assert_close(vector, whole.rows[1:].mean(0), rtol=1e-12, atol=1e-14)
+
+
+def test_a_solve_that_is_not_finite_excludes_its_task():
+    """`|o - y|^1.5` has a finite gradient and an infinite curvature where it is fitted exactly."""
+
+    def kinked(outputs, targets):
+        return (outputs - outputs.detach()).abs().pow(1.5).mean((1, 2)) + 0.01 * outputs.square().mean((1, 2))
+
+    torch.manual_seed(0)
+    solver = ConjugateGradient(operator="hessian")
+    subject = MetaLearner(MLP((1, 1, 4), WAY, []).double(), IMAML(0.5, GradientDescent(0.1, 1), solver), kinked)
+    out = subject.task_gradients(Blobs().episodes(0, range(2)))
+    assert (out.tasks.cg_outcome == Outcome.NON_FINITE).all()
+    assert (out.tasks.outcome == TaskOutcome.NON_FINITE).all()
+    assert (out.rows == 0).all()
+
+
+def test_gauss_newton_fallback_is_the_gauss_newton_gradient_and_stays_counted():
+    """Tasks whose Hessian is indefinite: with the fallback exactly those get what the Gauss-Newton operator gives."""
+
+    def gradients(operator, policy):
+        torch.manual_seed(3)
+        solver = ConjugateGradient(max_iterations=40, operator=operator, on_negative_curvature=policy)
+        subject = MetaLearner(MLP((1, 1, 4), WAY, [6]).double(), IMAML(0.005, GradientDescent(0.1, 2), solver))
+        return subject.task_gradients(Blobs().episodes(0, range(8)))
+
+    hessian, fallback = gradients("hessian", "truncate"), gradients("hessian", "gauss_newton")
+    gauss_newton = gradients("gauss_newton", "truncate")
+    negative = hessian.tasks.cg_outcome == Outcome.NEGATIVE_CURVATURE
+    assert negative.any()
+    assert torch.equal(fallback.tasks.cg_outcome == Outcome.NEGATIVE_CURVATURE, negative)
+    torch.testing.assert_close(fallback.rows[negative], gauss_newton.rows[negative], rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(fallback.tasks.cg_residual[negative], gauss_newton.tasks.cg_residual[negative])
+    assert not torch.allclose(fallback.rows[negative], hessian.rows[negative])
+    torch.testing.assert_close(fallback.rows[~negative], hessian.rows[~negative], rtol=0, atol=0)
 
 
 def test_diverging_inner_loops_are_coded():

@@ -67,4 +67,6 @@ def test_hidden_state_is_refused_by_the_name_of_its_layer():
         FunctionalModel(nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)))
     with pytest.raises(ModelError, match="no parameter that requires a gradient"):
         FunctionalModel(nn.Sequential(nn.ReLU()))
+    with pytest.raises(ModelError, match=r"layer '0' \(InstanceNorm2d\) keeps running statistics"):
+        FunctionalModel(nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(4, 2)))
     FunctionalModel(nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)))

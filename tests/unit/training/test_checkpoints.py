@@ -111,6 +111,15 @@ def test_pruning_keeps_the_newest_and_the_best(tmp_path):
     assert checkpoints.steps(tmp_path) == [3, 5, 6]
 
 
+def test_checkpoints_beyond_the_one_resumed_from_are_discarded(tmp_path):
+    """Else a damaged later one would count as newest, and pruning would delete what is written next."""
+    state = _state()
+    for step in (2, 4, 6):
+        checkpoints.save(tmp_path, step, state.tensors(), state.facts())
+    checkpoints.discard_after(tmp_path, 4)
+    assert checkpoints.steps(tmp_path) == [2, 4]
+
+
 def test_a_checkpoint_of_another_model_is_refused_by_name(tmp_path):
     state = _state()
     tensors = state.tensors()

@@ -1,9 +1,11 @@
 """Run directories: what may change when a run is taken up again, and that nothing is overwritten by mistake."""
 
 import pytest
+import torch
 
 from imaml_dist.config.load import build_config
 from imaml_dist.errors import CheckpointError, ConfigError, InputError
+from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
 
@@ -57,6 +59,32 @@ def test_anything_else_is_refused_by_name_and_changes_nothing(tmp_path, override
     run.begin(config(override), fresh=True)
     assert run.config() == config(override)
     assert not run.metrics_file.exists()
+
+
+def test_more_steps_are_refused_where_the_rate_depends_on_their_number(tmp_path):
+    run = RunDirectory(tmp_path / "r")
+    run.begin(config("outer.schedule=cosine"))
+    with pytest.raises(
+        ConfigError, match=r"run\.steps: 9 given, .* begun with 2000, and with outer\.schedule 'cosine'"
+    ):
+        run.begin(config("outer.schedule=cosine", "run.steps=9"))
+
+
+def test_a_lost_best_checkpoint_falls_back_to_the_newest(tmp_path):
+    run = RunDirectory(tmp_path / "r")
+    run.begin(config())
+    for step, best in ((2, 2), (4, 2)):
+        facts = {"ledger": {"steps": step}, "best": {"step": best}}
+        checkpoints.save(run.checkpoints, step, {"model.w": torch.zeros(1)}, facts)
+    assert run.best_checkpoint() == 2
+    (checkpoints.path_of(run.checkpoints, 2) / checkpoints.TENSORS).write_bytes(b"damaged")
+    assert run.best_checkpoint() == 4
+
+
+def test_numbers_that_are_not_finite_are_written_as_null(tmp_path):
+    run = RunDirectory(tmp_path)
+    run.write_json(tmp_path / "x.json", {"a": [float("nan"), 1.5], "b": {"c": float("inf")}})
+    assert run.read_json(tmp_path / "x.json") == {"a": [None, 1.5], "b": {"c": None}}
 
 
 def test_folders_that_are_no_run_are_left_alone(tmp_path):

@@ -102,7 +102,7 @@ def test_negative_curvature_in_the_first_step_returns_the_start():
 
 @pytest.mark.parametrize("seed", range(100))
 def test_indefinite_systems_are_reported_before_they_climb(seed):
-    """Every iterate kept has a lower quadratic model than the one before; a full budget always meets the negative part."""
+    """A full budget always meets the negative part, and the iterate kept lowers the quadratic model below its start."""
     a = symmetric(torch.linspace(-0.5, 4.0, 10, dtype=torch.float64), seed)[None]
     b = torch.randn(1, 10, dtype=torch.float64, generator=torch.Generator().manual_seed(1000 + seed))
     solution = conjugate_gradient(matvec_of(a), b, max_iterations=20)
@@ -117,6 +117,19 @@ def test_no_false_alarm_on_positive_definite_systems(seed):
     a, b = spd(1, 10, seed=seed), torch.ones(1, 10, dtype=torch.float64)
     solution = conjugate_gradient(matvec_of(a), b, max_iterations=30, rtol=1e-10)
     assert solution.outcome.tolist() == [Outcome.CONVERGED]
+
+
+def test_float32_reports_no_false_negative_curvature_and_survives_steps_past_convergence():
+    a = torch.stack([symmetric(torch.logspace(-4, 3, 30, dtype=torch.float64), s) for s in range(20)])
+    b = torch.randn(20, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    single = conjugate_gradient(matvec_of(a.float()), b.float(), max_iterations=200)
+    assert not (single.outcome == Outcome.NON_FINITE).any()
+    assert not (single.outcome == Outcome.NEGATIVE_CURVATURE).any()
+    assert single.value.isfinite().all()
+    low = symmetric(torch.cat([torch.zeros(25, dtype=torch.float64), torch.linspace(1, 50, 5, dtype=torch.float64)]), 1)
+    damped = (low + 0.1 * torch.eye(30, dtype=torch.float64))[None]
+    double = conjugate_gradient(matvec_of(damped), b[:1], max_iterations=60)
+    torch.testing.assert_close(double.value, torch.linalg.solve(damped, b[:1]), rtol=1e-9, atol=1e-9)
 
 
 def test_tasks_do_not_disturb_each_other(system):

@@ -1,0 +1,19 @@
+"""Users' own networks for tests, among them one that breaks the rules."""
+
+import os
+
+import torch
+from torch import nn
+
+
+def different_everywhere(image_shape, way):
+    """Draws from something other than torch's seeded state: every process gets another network."""
+    torch.manual_seed(os.getpid())
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, way))
+
+
+def tied(image_shape, way):
+    """Two layers that share one weight."""
+    first, second = nn.Linear(16, 16), nn.Linear(16, 16)
+    second.weight = first.weight
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), first, nn.Tanh(), second, nn.Linear(16, way))
