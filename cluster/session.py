@@ -19,7 +19,8 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     """Connect for the length of a `with` block.
 
     A private cluster binds to the loopback address, has no dashboard, asks for a token that lives in this process and
-    its children only, and ends with the block.
+    its children only, and ends with the block. (torch's rendezvous store, opened by a training worker, is not Ray's and
+    listens on all addresses.)
 
     Args:
         cpus: that the caller will ask for.
@@ -33,6 +34,8 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     if address is None:
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        # Ray replaces a loopback address by the machine's own unless it believes that it cannot have several nodes.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     import ray
 
     own: dict[str, object] = {

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from imaml_dist.errors import ImamlError
+from imaml_dist.errors import ImamlError, InputError, StorageError
 from pipelines import console
 
 app = typer.Typer(
@@ -46,10 +46,16 @@ def _exit_codes() -> Iterator[None]:
     except ImamlError as error:
         if _debug:
             raise
-        console.err.print(f"imaml: {error}", soft_wrap=True, markup=False)
+        console.err.print(f"imaml: {error}", soft_wrap=True)
         raise typer.Exit(error.exit_code) from None
+    except OSError as error:  # a path that is not what it should be, or a disk that is full or read-only
+        if _debug:
+            raise
+        console.err.print(f"imaml: {error.filename or 'input/output'}: {error.strerror or error}", soft_wrap=True)
+        users_own = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
+        raise typer.Exit(InputError.exit_code if isinstance(error, users_own) else StorageError.exit_code) from None
     except KeyboardInterrupt:
-        console.err.print("imaml: stopped at once; the same command resumes from the last checkpoint")
+        console.err.print("imaml: interrupted")
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -108,11 +114,12 @@ def evaluate(
 ) -> None:
     """Meta-test the best checkpoint of a run: mean and 95% interval."""
     with _exit_codes():
+        from imaml_dist.tracking.metrics_file import finite
         from pipelines.evaluate import evaluate_run
 
         result = evaluate_run(run, split, tasks)
         if json_file is not None:
-            json_file.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            json_file.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()

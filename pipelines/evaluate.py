@@ -15,7 +15,7 @@ from imaml_dist.errors import ConfigError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.run_directory import RunDirectory
-from imaml_dist.training.state import model_tensors
+from imaml_dist.training.state import load_model
 from pipelines import console
 
 
@@ -39,7 +39,7 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
     learner = make_learner(config, source.image_shape)
     step = run.best_checkpoint()
     tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
-    learner.model.load_state_dict(model_tensors(tensors))
+    load_model(learner.model, tensors)
     with console.progress(f"evaluating {config.name} on {split}") as show:
         result = evaluate(
             learner, source, tasks, device=config.run.device, progress=lambda done, total: show(done, total, "")

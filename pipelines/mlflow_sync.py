@@ -8,7 +8,7 @@ from imaml_dist.data.dataset import Dataset
 from imaml_dist.errors import InputError
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
-from pipelines.train import mlflow_run
+from pipelines.tracking import finish_tracking, mlflow_run
 
 
 def sync(path: Path) -> None:
@@ -23,5 +23,5 @@ def sync(path: Path) -> None:
     if run.read_json(run.summary_file) is None:
         raise InputError(f"{path} is not finished (no summary.json); `imaml train` sends its metrics as it goes on")
     tracker = mlflow_run(config, run, Dataset(config.data.url))
-    tracker.close("FINISHED", [run.config_file, run.summary_file, run.evaluation_file, run.report_file])
+    finish_tracking(tracker, run, "FINISHED")
     console.out.print(f"MLflow run {tracker.identity}")

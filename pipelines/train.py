@@ -3,36 +3,36 @@
 from __future__ import annotations
 
 import os
-import platform
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from imaml_dist.config.load import flatten, load_config
-from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.config.load import load_config
+from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, resolve
 from imaml_dist.distributed.worker import Stop
-from imaml_dist.errors import InputError, TrackingError
+from imaml_dist.errors import InputError, ModelError, TrackingError
 from imaml_dist.storage.local import exclusive
-from imaml_dist.tracking import metrics_file
+from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.tracking.metrics_file import Follower
-from imaml_dist.tracking.mlflow_run import MlflowRun, RunFacts
-from imaml_dist.training import checkpoints
+from imaml_dist.tracking.mlflow_run import MlflowRun
 from imaml_dist.training.run_directory import RunDirectory
-from imaml_dist.training.state import sha256_of
 from pipelines import console
+from pipelines.summary import show_summary, summary
+from pipelines.tracking import finish_tracking, mlflow_run
 
-POLL_S = 0.2
+POLL_S = 0.5
+
+INTERRUPTED = 130
+"""Exit code."""
 
 
 def train(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fresh: bool) -> bool:
@@ -80,9 +80,7 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
         if tracker is not None:
             _close(tracker, run, status)
     if stop is Stop.INTERRUPTED:
-        console.err.print(
-            f"interrupted; the checkpoint is written, the same command goes on from it: {run.path}", soft_wrap=True
-        )
+        console.err.print(f"interrupted; the same command goes on from the last checkpoint: {run.path}", soft_wrap=True)
         return False
     show_summary(run)
     return True
@@ -94,17 +92,39 @@ def _preflight(config: ExperimentConfig) -> Dataset:
     for split, wanted in (("train", True), ("val", config.validation.tasks > 0), ("test", config.evaluate.tasks > 0)):
         if wanted:
             make_source(config, dataset, split)
-    make_learner(config, dataset.index.image_shape)
+    learner = make_learner(config, dataset.index.image_shape)
+    if isinstance(config.model, UserModelConfig):
+        _try_model(learner, make_source(config, dataset, "train"))
     return dataset
 
 
+def _try_model(learner: MetaLearner, source: TaskSource) -> None:
+    """One task through a user's network, twice: shapes must fit, and the same input must give the same output."""
+    episodes = source.episodes(0, range(1)).to(next(learner.model.parameters()).device)
+    try:
+        theta = learner.functional.parameters()
+        first, second = (learner.functional.predict(theta[None], episodes.support_x) for _ in range(2))
+        learner.task_gradients(episodes)
+    except Exception as error:  # it is the user's code, and may raise anything
+        raise ModelError(
+            f"model.kind: the network cannot be meta-trained ({type(error).__name__}: {error}); it must map float32 images "
+            f"[n, C, H, W] to one logit per class [n, N], and be twice differentiable"
+        ) from error
+    if not torch.equal(first, second):
+        raise ModelError(
+            "model.kind: the network gives different outputs for the same input; switch off what is random in it"
+        )
+
+
 def _is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:
-    summary = run.read_json(run.summary_file)
-    if summary is None or not run.report_file.is_file():
+    try:
+        summary = run.read_json(run.summary_file)
+        limit = config.run.max_seconds
+        trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
+        whole = trained and summary["tasks_evaluated"] == config.evaluate.tasks
+    except (InputError, KeyError, TypeError):  # no summary, or none that can be read: it will be written again
         return False
-    limit = config.run.max_seconds
-    trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
-    return trained and summary["tasks_evaluated"] == config.evaluate.tasks
+    return bool(whole) and run.report_file.is_file()
 
 
 @dataclass
@@ -157,129 +177,26 @@ def _stop_on_signals(run: RunDirectory) -> Iterator[None]:
 
     def handle(number: int, frame: object) -> None:
         if run.stop_file.exists():
-            raise KeyboardInterrupt
-        console.err.print("stopping after this step with a checkpoint; once more to stop at once")
+            # Not by an exception: it would wait for a training thread that is in the middle of a step.
+            console.err.print("stopped at once; the same command goes on from the last checkpoint")
+            sys.stdout.flush()
+            os._exit(INTERRUPTED)
+        console.err.print("stopping as soon as the state can be saved; once more to stop at once")
         run.request_stop()
 
     earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
+        run.stop_file.unlink(missing_ok=True)
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
-def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, tracker: MlflowRun | None) -> dict[str, Any]:
-    """The facts of a finished run, as written to `summary.json`."""
-    loaded = checkpoints.load_newest(run.checkpoints)
-    assert loaded is not None, "a finished run has a checkpoint"
-    tensors, facts = loaded
-    evaluation = run.read_json(run.evaluation_file) if config.evaluate.tasks else None
-    records = metrics_file.read(run.metrics_file)
-    speeds = [r["tasks_per_second"] for r in records if r.get("tasks_per_second")]
-    starts = run.starts()
-    return {
-        "name": config.name,
-        "algorithm": config.algorithm.kind,
-        "dataset": {"name": dataset.index.name, "fingerprint": dataset.index.fingerprint},
-        "way": config.data.way,
-        "shot": config.data.shot,
-        "meta_steps": facts["ledger"]["steps"],
-        "best_step": facts["best"]["step"],
-        "val_accuracy": facts["best"]["accuracy"] if facts["best"]["step"] >= 0 else None,
-        "test_accuracy": evaluation["trained"]["mean"] if evaluation else None,
-        "ci95": evaluation["trained"]["ci95"] if evaluation else None,
-        "untrained_accuracy": evaluation["untrained"]["mean"] if evaluation else None,
-        "untrained_ci95": evaluation["untrained"]["ci95"] if evaluation else None,
-        "tasks_evaluated": evaluation["tasks"] if evaluation else 0,
-        "seconds": facts["seconds"],
-        "tasks_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
-        "world_size": starts[-1]["world_size"],
-        "restarts": len(starts) - 1,
-        "skipped_tasks": len(facts["ledger"]["excluded"]),
-        "ledger": {"tasks": facts["ledger"]["tasks"], "sha256": facts["ledger"]["digest"]},
-        "params_sha256": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),
-        "state_sha256": sha256_of(tensors),
-        "versions": _versions(),
-        "environment": {
-            "platform": platform.platform(),
-            "cpus": os.cpu_count(),
-            "device": config.run.device if config.run.device == "cpu" else torch.cuda.get_device_name(),
-        },
-        "mlflow": tracker.identity if tracker is not None else None,
-    }
-
-
-def show_summary(run: RunDirectory) -> None:
-    """The table that ends a run."""
-    facts = run.read_json(run.summary_file)
-    console.table(
-        facts["name"],
-        {
-            "data": f"{facts['dataset']['name']}, {facts['way']}-way {facts['shot']}-shot",
-            "algorithm": facts["algorithm"],
-            f"test accuracy ({facts['tasks_evaluated']} tasks)": console.percent(facts["test_accuracy"], facts["ci95"]),
-            "the same network without meta-training": console.percent(
-                facts["untrained_accuracy"], facts["untrained_ci95"]
-            ),
-            "meta-steps": f"{facts['meta_steps']} in {facts['seconds']:.0f} s on {facts['world_size']} worker(s)",
-            "restarts": str(facts["restarts"]),
-            "tasks per second": "-" if facts["tasks_per_second"] is None else f"{facts['tasks_per_second']:.1f}",
-            "excluded tasks": str(facts["skipped_tasks"]),
-            "params sha256": facts["params_sha256"][:16],
-            "report": str(run.report_file),
-        },
-    )
-
-
-def mlflow_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset) -> MlflowRun:
-    """The MLflow side of a run."""
-    facts = RunFacts(
-        experiment=config.tracking.experiment or config.name,
-        name=config.name,
-        params=flatten(config),
-        tags={
-            "algorithm": config.algorithm.kind,
-            "run_directory": str(run.path.resolve()),
-            **{f"version.{name}": number for name, number in _versions().items()},
-            **({"git_commit": commit} if (commit := _git_commit()) else {}),
-        },
-        dataset={"name": dataset.index.name, "digest": dataset.index.fingerprint, "source": dataset.url},
-        dataset_tags={"n_way": str(config.data.way), "k_shot": str(config.data.shot), "query": str(config.data.query)},
-    )
-    return MlflowRun(run.path, run.metrics_file, facts)
-
-
 def _close(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
-    results: dict[str, float] = {}
-    if status == "FINISHED":
-        facts = run.read_json(run.summary_file)
-        if facts["test_accuracy"] is not None:
-            results = {"test/accuracy": facts["test_accuracy"], "test/accuracy_ci95": facts["ci95"]}
-    tags = {"resume_count": str(max(0, len(run.starts()) - 1))}
-    files = [run.config_file, run.summary_file, run.evaluation_file, run.report_file]
+    if tracker.trouble is not None:
+        console.err.print(f"MLflow: {tracker.trouble}; trying once more", soft_wrap=True)
     try:
-        tracker.close(status, files, results, tags)
+        finish_tracking(tracker, run, status)
     except TrackingError as error:  # the run itself is done and safe; the user is told how to send the rest
         console.err.print(str(error), soft_wrap=True)
-    if status == "FINISHED":
-        run.write_json(run.summary_file, run.read_json(run.summary_file) | {"mlflow": tracker.identity})
-
-
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
-    for name in ("imaml_dist", "torch", "ray", "mlflow", "numpy", "webdataset"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return found
-
-
-def _git_commit() -> str | None:
-    try:
-        command = ["git", "rev-parse", "HEAD"]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)  # noqa: S603 - constants
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() or None

@@ -33,8 +33,17 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+# Without YAML 1.1's octal 010 and sexagesimal 1:30, with 1e-6.
+_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)\Z"), list("-+0123456789"))
 _Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)\Z"), list("-+.0123456789")
+    "tag:yaml.org,2002:float",
+    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z"),
+    list("-+.0123456789"),
 )
 
 
@@ -66,7 +75,7 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = (), where: str 
     """As `load_config`, from a mapping."""
     for override in overrides:
         dotted, equals, text = override.partition("=")
-        if not equals or not dotted:
+        if not equals or not all(dotted.split(".")) or dotted.count(".") > 8:
             raise ConfigError(f"--set {override}: expected section.field=value, for example --set run.steps=100")
         raw = _assign(raw, dotted.split("."), _parse(text, f"--set {override}"), dotted)
     _drop_fields_of_other_kinds(raw, {o.partition("=")[0] for o in overrides})
@@ -96,7 +105,7 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 def _parse(text: str, where: str) -> Any:
     try:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
         mark = getattr(error, "problem_mark", None)
         line = f" line {mark.line + 1}" if mark is not None else ""
         raise ConfigError(
@@ -120,7 +129,8 @@ def _assign(raw: dict[str, Any], path: list[str], value: Any, dotted: str) -> di
 
 def _drop_fields_of_other_kinds(raw: dict[str, Any], overridden: set[str]) -> None:
     for section in ("algorithm", "model"):
-        chosen = _kinds(section).get(raw[section].get("kind")) if isinstance(raw.get(section), dict) else None
+        kind = raw[section].get("kind") if isinstance(raw.get(section), dict) else None
+        chosen = _kinds(section).get(kind) if isinstance(kind, str) else None
         if f"{section}.kind" in overridden and chosen is not None:
             raw[section] = {
                 key: value

@@ -30,7 +30,7 @@ class Conv4Config(Section):
     """The reference's Omniglot network."""
 
     kind: Literal["conv4"] = "conv4"
-    channels: int = Field(64, ge=1)
+    channels: int = Field(64, ge=1, le=1 << 16)
 
 
 class MLPConfig(Section):
@@ -124,7 +124,7 @@ class OuterConfig(Section):
     lr: float = Field(3.0e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """How the rate goes from `lr` towards 0 over `run.steps`."""
-    warmup: int = Field(0, ge=0)
+    warmup: int = Field(0, ge=0, le=10**9)
     """Steps over which the rate rises linearly to `lr`."""
     clip: float | None = Field(None, gt=0)
     """Largest norm of the mean meta-gradient."""
@@ -134,15 +134,15 @@ class OuterConfig(Section):
 class RunConfig(Section):
     """How long, on what, and in which pieces."""
 
-    steps: int = Field(2000, ge=1)
+    steps: int = Field(2000, ge=1, le=10**9)
     """Meta-steps."""
     max_seconds: float | None = Field(None, gt=0)
     """Wall-clock limit of the training loop, over all restarts; outside of the same-bits promise."""
-    tasks_per_step: int = Field(16, ge=1)
+    tasks_per_step: int = Field(16, ge=1, le=1 << 20)
     chunk: int = Field(4, ge=1)
     """Tasks per unit of work; divides `tasks_per_step`."""
-    workers: int = Field(2, ge=1)
-    threads: int = Field(1, ge=1)
+    workers: int = Field(2, ge=1, le=1 << 16)
+    threads: int = Field(1, ge=1, le=1024)
     """CPU threads per worker."""
     execution: Literal["auto", "vmap", "loop"] = "auto"
     """Tasks of a chunk in one vectorised call, or one after the other; resolved when the run begins."""

@@ -75,6 +75,8 @@ def _verified(path: Path, shard: ShardEntry) -> mmap.mmap:
         raise DataError(
             f"shard {path} is missing, the index lists it; copy it again or prepare the data set again"
         ) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"shard {path} cannot be read ({error}); mend that or prepare the data set again") from error
     digest = hashlib.sha256(mapped).hexdigest()
     if digest != shard.sha256:
         raise DataError(

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ FORMAT = "imaml-class-records"
 VERSION = 1
 FILE_NAME = "index.json"
 SPLITS = ("train", "val", "test")
+_SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 
 
 @dataclass(frozen=True)
@@ -106,7 +108,7 @@ class Index:
             claimed = raw["fingerprint"]
             computed = index.fingerprint
             _check(index, where)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise DataError(
                 f"{where} is not a readable index ({type(error).__name__}: {error}); prepare the data set again"
             ) from error
@@ -144,17 +146,24 @@ def _class_entry(raw: dict[str, Any]) -> ClassEntry:
 def _check(index: Index, where: str) -> None:
     if not any(index.splits.values()):
         raise DataError(f"{where} lists no class; prepare the data set again")
+    shape = next(c for classes in index.splits.values() for c in classes).shape[1:]
     for shard in index.shards:
-        if "/" in shard.name or "\\" in shard.name or shard.name.startswith("."):
-            raise DataError(f"{where}: shard name {shard.name!r} is not a plain file name")
+        if not _SHARD_NAME.match(shard.name) or shard.size < 1:
+            raise DataError(
+                f"{where}: shard {shard.name[:80]!r} of {shard.size} bytes: not a plain file name, or empty"
+            )
     for split, classes in index.splits.items():
         keys = [c.key.encode() for c in classes]
         if keys != sorted(set(keys)):
             raise DataError(f"{where}: the classes of split {split!r} are not in strict bytewise order of their keys")
         for entry in classes:
+            if not 0 <= entry.shard < len(index.shards) or min(entry.offset, entry.header) < 0 or min(entry.shape) < 1:
+                raise DataError(f"{where}: class {entry.key!r} has an impossible place or shape {entry.shape}")
+            if entry.shape[1:] != shape or entry.rot not in range(4) or (entry.rot % 2 and shape[0] != shape[1]):
+                raise DataError(
+                    f"{where}: class {entry.key!r} has images of {entry.shape[1:]} turned {entry.rot} times, others {shape}"
+                )
             end = entry.offset + entry.header + entry.shape[0] * entry.shape[1] * entry.shape[2] * entry.shape[3]
-            if not 0 <= entry.shard < len(index.shards) or min(entry.offset, entry.header, *entry.shape) < 0:
-                raise DataError(f"{where}: class {entry.key!r} has an impossible place or shape")
             if end > index.shards[entry.shard].size:
                 raise DataError(f"{where}: class {entry.key!r} ends at byte {end}, behind the end of its shard")
 

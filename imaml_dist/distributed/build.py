@@ -76,7 +76,7 @@ def _from_factory(model: UserModelConfig, image_shape: tuple[int, int, int], way
         made = getattr(importlib.import_module(module_name), function)(
             image_shape=image_shape, way=way, **model.options
         )
-    except (ImportError, AttributeError, TypeError) as error:
+    except Exception as error:  # it is the user's code, and may raise anything
         raise ConfigError(
             f"model.kind: {model.kind!r} cannot be used ({type(error).__name__}: {error}); it must be an importable function "
             "called as factory(image_shape=(C, H, W), way=N, **other model fields)"

@@ -18,7 +18,7 @@ from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import TASKS_AT_ONCE, Evaluation, predict_queries, task_accuracies
 from imaml_dist.training.run_directory import RunDirectory
-from imaml_dist.training.state import model_tensors
+from imaml_dist.training.state import load_model
 
 
 def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, tasks: int) -> Evaluation:
@@ -36,14 +36,14 @@ def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, task
 
 def meta_test(
     config: ExperimentConfig, run: RunDirectory, group: Group, dataset: Dataset, split: str = "test"
-) -> dict[str, Any]:
+) -> dict[str, Any] | None:
     """Evaluate the best checkpoint beside the same network without meta-training, adapted the same way.
 
     Rank 0 writes the result to `evaluation.json`, with one episode and its predictions for people to look at.
 
     Returns:
         `{split, way, shot, query, tasks, step, trained, untrained, episode}`; the same on every rank but for `episode`,
-        which only rank 0 has.
+        which only rank 0 has. None if a stop was requested before the last part had begun.
 
     Raises:
         CheckpointError: no checkpoint, or the best one does not verify.
@@ -55,9 +55,13 @@ def meta_test(
     # Rank 0 chooses, for it alone knows that what it has written is whole.
     step = first_rank_decides(group, run.best_checkpoint)
     tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
-    trained.model.load_state_dict(model_tensors(tensors))
-    before = shared_accuracy(group, untrained, source, config.evaluate.tasks)
-    after = shared_accuracy(group, trained, source, config.evaluate.tasks)
+    load_model(trained.model, tensors)
+    results = []
+    for learner in (untrained, trained):
+        if first_rank_decides(group, lambda: int(run.stop_file.exists())):
+            return None
+        results.append(shared_accuracy(group, learner, source, config.evaluate.tasks))
+    before, after = results
     result: dict[str, Any] = {
         "split": split,
         "way": config.data.way,

@@ -45,13 +45,13 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         ImamlError: what a worker raised, as it raised it.
         TrainingError: workers were lost more often than `MAX_RESTARTS` times.
     """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
     cuda = config.run.device == "cuda"
-    scratch = run.path.resolve() / "ray"
+    scratch = run.ray_scratch.resolve()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={

@@ -86,7 +86,8 @@ class Worker:
                 )
             stop = self._train()
             if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:
-                meta_test(self.config, self.run, self.group, self.dataset)
+                whole = meta_test(self.config, self.run, self.group, self.dataset)
+                stop = stop if whole else Stop.INTERRUPTED
         return stop
 
     def _train(self) -> Stop:
@@ -118,14 +119,14 @@ class Worker:
             )
         if self.group.rank == 0:
             # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
-            checkpoints.discard_after(self.run.checkpoints, found)
+            checkpoints.set_aside_after(self.run.checkpoints, found)
             metrics_file.rewind(self.run.metrics_file, self.state.step)
             facts = {"step": self.state.step, "world_size": self.group.world, "pids": [int(b[0]) for b in begun]}
             self.run.record_start(facts | ({"rejected": rejected} if rejected else {}))
 
     def _newest_checkpoint(self, rejected: list[str]) -> int:
         loaded = checkpoints.load_newest(self.run.checkpoints, rejected.append)
-        return 0 if loaded is None else int(loaded[1]["ledger"]["steps"])
+        return 0 if loaded is None else checkpoints.step_of(loaded[1])
 
     def _should_stop(self) -> Stop:
         """This rank's opinion; `_agree` makes one of all."""
@@ -230,10 +231,12 @@ class Worker:
         if self.group.rank != 0:
             return
         try:
-            metrics_file.append(self.run.metrics_file, record)
             step = self.state.step
-            due = step % self.config.run.checkpoint_every == 0 or self.state.best.step == step
-            if due or stop is not Stop.NOT_YET:
+            due = (
+                step % self.config.run.checkpoint_every == 0 or self.state.best.step == step or stop is not Stop.NOT_YET
+            )
+            metrics_file.append(self.run.metrics_file, record, durable=due)  # never a checkpoint ahead of its metrics
+            if due:
                 checkpoints.save(self.run.checkpoints, step, self.state.tensors(), self.state.facts())
                 checkpoints.prune(self.run.checkpoints, self.config.run.keep, self.state.best.step)
         except OSError as error:

@@ -39,6 +39,7 @@ class FunctionalModel:
             )
         self.module = module
         self.layout = ParameterLayout.of(trainable)
+        self._slots = _slots(module, trainable)
 
     def parameters(self) -> Tensor:
         """The module's own parameters as one detached vector `[P]`, in a copy."""
@@ -59,7 +60,24 @@ class FunctionalModel:
         return vmap(self._single)(params, x)
 
     def _single(self, params: Tensor, x: Tensor) -> Tensor:
-        return functional_call(self.module, self.layout.unflatten(params), (x,))  # type: ignore[no-any-return]
+        named = self.layout.unflatten(params)
+        replaced = {slot: named[name] for slot, name in self._slots.items()}
+        return functional_call(self.module, replaced, (x,), tie_weights=False)  # type: ignore[no-any-return]
+
+
+def _slots(module: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, str]:
+    """Every place that holds a trainable parameter, each once, and the name under which the layout knows it.
+
+    A weight shared by two layers has two places. A layer registered under two names is one place: torch's own handling
+    of ties would fill it twice and leave the replaced weights behind in the module.
+    """
+    name_of = {id(parameter): name for name, parameter in trainable.items()}
+    return {
+        f"{owner_name}.{attribute}".lstrip("."): name_of[id(parameter)]
+        for owner_name, owner in module.named_modules()
+        for attribute, parameter in owner._parameters.items()
+        if id(parameter) in name_of
+    }
 
 
 def _refuse_hidden_state(module: nn.Module) -> None:

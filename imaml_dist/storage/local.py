@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlparse
+from urllib.parse import unquote, urlparse, urlsplit, urlunsplit
 
 from imaml_dist.errors import InputError
 
@@ -25,19 +25,30 @@ def local_path(url: str | os.PathLike[str]) -> Path:
         return Path(unquote(parsed.path))
     if "://" in text:
         raise InputError(
-            f"{text}: scheme {parsed.scheme!r} is not supported, only paths and file:// URLs are; copy the data to a local path"
+            f"{without_secrets(text)}: scheme {parsed.scheme!r} is not supported, only paths and file:// URLs are; "
+            "copy the data to a local path"
         )
     return Path(text)
+
+
+def without_secrets(url: str) -> str:
+    """The URL without user name and password, for messages and records."""
+    parts = urlsplit(url)
+    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else url
 
 
 def atomic_write(path: Path, data: bytes) -> None:
     """Write a file so that readers see the old content or the new, never a part: temporary file, fsync, rename."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(part, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(part, path)
+    try:
+        with open(part, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -4,19 +4,30 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from imaml_dist.errors import InputError
 from imaml_dist.storage.local import atomic_write
 
 Record = dict[str, Any]
 
 
-def append(path: Path, record: Mapping[str, Any]) -> None:
-    """Add a line; numbers that are not finite become null, so that any JSON reader can read the file."""
+def append(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
+    """Add a line; numbers that are not finite become null, so that any JSON reader can read the file.
+
+    Args:
+        path: of the file, made if missing.
+        record: of one meta-step.
+        durable: wait until the line, and all before it, are on disk.
+    """
     with open(path, "a", encoding="utf-8") as file:
         file.write(json.dumps(finite(record), allow_nan=False) + "\n")
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 def finite(value: Any) -> Any:
@@ -29,8 +40,12 @@ def finite(value: Any) -> Any:
 
 
 def read(path: Path) -> list[Record]:
-    """All complete lines; a line that a crash left half written is not one. Empty if there is no file."""
-    return list(_records(path.read_bytes())) if path.is_file() else []
+    """All complete lines; a line that a crash left half written is not one. Empty if there is no file.
+
+    Raises:
+        InputError: a line in the middle is damaged.
+    """
+    return list(_records(path.read_bytes(), path)) if path.is_file() else []
 
 
 def rewind(path: Path, step: int) -> None:
@@ -61,13 +76,20 @@ class Follower:
             file.seek(self._position)
             data = file.read()
         whole = data[: data.rfind(b"\n") + 1]
+        new = [r for r in _records(whole, self._path) if r["step"] > self.last_step]
         self._position += len(whole)
-        new = [r for r in _records(whole) if r["step"] > self.last_step]
         if new:
             self.last_step = new[-1]["step"]
         return new
 
 
-def _records(data: bytes) -> Iterator[Record]:
+def _records(data: bytes, path: Path) -> Iterator[Record]:
     for line in data[: data.rfind(b"\n") + 1].splitlines():
-        yield json.loads(line)
+        try:
+            record = json.loads(line)
+            record["step"] = int(record["step"])
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise InputError(
+                f"{path} has a line that is no record of a meta-step ({line[:40]!r}...); remove that line"
+            ) from error
+        yield record

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 from imaml_dist.errors import TrackingError
-from imaml_dist.storage.local import atomic_write
+from imaml_dist.storage.local import atomic_write, without_secrets
 from imaml_dist.tracking.metrics_file import Follower, Record
 
 NAMES = {
@@ -39,7 +40,8 @@ NAMES = {
 """Names in MLflow. Others: `seconds_x` -> `time/x`, `cg_x` -> `outcome/cg_x`, `accepted`, `excluded*` -> `outcome/...`."""
 
 _BATCH = 1000
-_POLL_S, _LONGEST_WAIT_S = 0.5, 5.0
+_NOT_IN_NAMES = re.compile(r"[^\w./ :-]")
+_POLL_S, _LONGEST_WAIT_S = 2.0, 8.0
 
 
 @dataclass(frozen=True)
@@ -66,12 +68,6 @@ class RunFacts:
 def default_uri(run: Path) -> str:
     """`MLFLOW_TRACKING_URI`, or sqlite in `mlflow.db` beside the run directory."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.resolve().parent / 'mlflow.db').as_posix()}"
-
-
-def without_secrets(uri: str) -> str:
-    """The URI without user name and password."""
-    parts = urlsplit(uri)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else uri
 
 
 class MlflowRun:
@@ -112,7 +108,7 @@ class MlflowRun:
         artifacts: Sequence[Path] = (),
         results: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
-        timeout: float = 60.0,
+        timeout: float = 20.0,
     ) -> None:
         """Send the rest, the results of the run, its artifacts and its final status (FINISHED, FAILED, KILLED).
 
@@ -173,6 +169,8 @@ class MlflowRun:
                 self._client.update_run(self._state["run_id"], status="RUNNING")
         if not self._state["run_id"]:
             self._create()
+        if not self._state["described"]:
+            self._describe()
         self._pending += self._follower.poll()
         while self._pending:
             records: list[Record] = []
@@ -201,8 +199,6 @@ class MlflowRun:
         return mlflow.MlflowClient(tracking_uri=self._uri)
 
     def _create(self) -> None:
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
-
         experiment = self._client.get_experiment_by_name(self._facts.experiment)
         if experiment is None:
             location = None
@@ -212,8 +208,14 @@ class MlflowRun:
         else:
             experiment_id = experiment.experiment_id
         created = self._client.create_run(experiment_id, run_name=self._facts.name, tags=dict(self._facts.tags))
-        run_id = created.info.run_id
-        params = [Param(key, str(value)[:6000]) for key, value in self._facts.params.items()]
+        self._save_state(run_id=created.info.run_id)  # at once: whatever fails next must not create another run
+
+    def _describe(self) -> None:
+        """Send parameters and data set; may be repeated."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
+
+        run_id = self._state["run_id"]
+        params = [Param(_NOT_IN_NAMES.sub("_", key), str(value)[:6000]) for key, value in self._facts.params.items()]
         for begin in range(0, len(params), 100):
             self._client.log_batch(run_id, params=params[begin : begin + 100])
         data = self._facts.dataset
@@ -225,14 +227,14 @@ class MlflowRun:
         ]
         self._client.log_inputs(run_id, [DatasetInput(dataset=entity, tags=tags)])
         self._client.log_batch(run_id, tags=[RunTag("dataset_fingerprint", data["digest"])])
-        self._save_state(run_id=run_id)
+        self._save_state(described=True)
 
     def _load_state(self) -> dict[str, Any]:
         if self._state_file.is_file():
             state: dict[str, Any] = json.loads(self._state_file.read_bytes())
             if state["uri"] == without_secrets(self._uri):
                 return state
-        return {"uri": without_secrets(self._uri), "run_id": "", "last_step": -1}
+        return {"uri": without_secrets(self._uri), "run_id": "", "described": False, "last_step": -1}
 
     def _save_state(self, **changes: Any) -> None:
         self._state |= changes

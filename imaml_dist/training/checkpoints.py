@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
-from imaml_dist.errors import CheckpointError
+from imaml_dist.errors import CheckpointError, StorageError
 from imaml_dist.storage.local import atomic_write, sync_folder
 
 FORMAT, VERSION = "imaml-checkpoint", 1
@@ -62,15 +62,19 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         CheckpointError: it is incomplete, damaged or of another format; the message names the file.
+        StorageError: it is there and cannot be read.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
     contents = _verified(path)
     try:
-        return parse(contents[TENSORS]), json.loads(contents[FACTS])
-    except (SafetensorError, ValueError) as error:
+        tensors, facts = parse(contents[TENSORS]), json.loads(contents[FACTS])
+    except (SafetensorError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} verifies but cannot be read: {error}") from error
+    if path != path_of(path.parent, step_of(facts)):
+        raise CheckpointError(f"{path} holds the state of step {step_of(facts)}")
+    return tensors, facts
 
 
 def steps(folder: Path) -> list[int]:
@@ -110,11 +114,25 @@ def path_of(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
 
 
-def discard_after(folder: Path, step: int) -> None:
-    """Delete the checkpoints of later steps than `step`."""
+def step_of(facts: Any) -> int:
+    """The number of committed meta-steps that the facts of a checkpoint tell.
+
+    Raises:
+        CheckpointError: they tell none.
+    """
+    try:
+        return int(facts["ledger"]["steps"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{FACTS} of a checkpoint has no ledger ({type(error).__name__}: {error})") from error
+
+
+def set_aside_after(folder: Path, step: int) -> None:
+    """Rename the checkpoints of later steps than `step`, so that they count no more and can still be looked at."""
     for later in steps(folder):
         if later > step:
-            shutil.rmtree(path_of(folder, later))
+            aside = folder / f"rejected-{later:08d}"
+            shutil.rmtree(aside, ignore_errors=True)
+            os.replace(path_of(folder, later), aside)
 
 
 def prune(folder: Path, keep: int, best: int) -> None:
@@ -151,6 +169,16 @@ def _verified(path: Path) -> dict[str, bytes]:
             contents[name] = data
         if manifest != _manifest(int(path.name.removeprefix("step-")), contents):
             raise CheckpointError(f"{path / MANIFEST} does not describe the checkpoint it lies in")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+        IsADirectoryError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ) as error:
         raise CheckpointError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
+    except OSError as error:  # not damaged, only not to be had now: nothing older may be taken in its place
+        raise StorageError(f"{path} cannot be read ({error}); mend that and run the same command again") from error
     return contents

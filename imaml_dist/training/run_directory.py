@@ -49,6 +49,10 @@ class RunDirectory:
         self.starts_file = path / "starts.jsonl"
         self.stop_file = path / "stop"
         self.failure_file = path / "failure.json"
+        self.mlflow_file = path / "mlflow.json"
+        self.ray_scratch = path / "ray"
+        self._files = [file for file in vars(self).values() if isinstance(file, Path) and file.suffix]
+        self._files += [self.stop_file]
         self.driver_lock = path / ".driver.lock"
         self.writer_lock = path / ".writer.lock"
 
@@ -75,20 +79,25 @@ class RunDirectory:
         Raises:
             InputError: the folder is not empty and holds no run.
         """
-        if self._entries() and not self.config_file.is_file():
-            raise InputError(f"{self.path} is not empty and holds no run (no config.yaml); choose another --run-dir")
+        ours = {*self._files, self.checkpoints, self.ray_scratch}
+        foreign = sorted(entry.name for entry in self._entries() if entry not in ours)
+        if self._entries() and (foreign or not self.config_file.is_file()):
+            what = f"it holds {foreign[0]!r}" if foreign else "it has no config.yaml"
+            raise InputError(f"{self.path} is not empty and holds no run ({what}); choose another --run-dir")
 
     def _entries(self) -> list[Path]:
-        """What the folder holds besides our own locks, which are held while it is cleared."""
+        """What the folder holds besides our locks, which are held while it is cleared, and half-written files."""
+        if not self.path.is_dir():
+            return []
         locks = (self.driver_lock, self.writer_lock)
-        return [entry for entry in self.path.iterdir() if entry not in locks] if self.path.is_dir() else []
+        return [e for e in self.path.iterdir() if e not in locks and not (e.name[0] == "." and e.suffix == ".part")]
 
     def _clear(self) -> None:
-        for entry in self._entries():
-            if entry.is_dir():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
+        """Delete what a run writes, and nothing else."""
+        for folder in (self.checkpoints, self.ray_scratch):
+            shutil.rmtree(folder, ignore_errors=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
 
     def config(self) -> ExperimentConfig:
         """The configuration of the run.
@@ -102,14 +111,21 @@ class RunDirectory:
 
     def record_start(self, facts: dict[str, Any]) -> None:
         """Note that the training loop began, afresh or again."""
+        whole = not self.starts_file.is_file() or self.starts_file.read_bytes()[-1:] in (b"", b"\n")
         with open(self.starts_file, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"time": time.time(), **facts}) + "\n")
+            file.write(("" if whole else "\n") + json.dumps({"time": time.time(), **facts}) + "\n")
 
     def starts(self) -> list[dict[str, Any]]:
         """All starts of the training loop so far, oldest first."""
         if not self.starts_file.is_file():
             return []
-        return [json.loads(line) for line in self.starts_file.read_text(encoding="utf-8").splitlines()]
+        found = []
+        for line in self.starts_file.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:  # a crash left half a line
+                continue
+        return found
 
     def request_stop(self) -> None:
         """Ask the training loop to write a checkpoint after the step it is in and to stop."""
@@ -130,7 +146,7 @@ class RunDirectory:
             return None
         try:
             return json.loads(path.read_bytes())
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON ({error}); delete it and run the command again") from error
 
     def best_checkpoint(self) -> int:
@@ -145,11 +161,11 @@ class RunDirectory:
         if newest is None:
             raise CheckpointError(f"{self.path} has no checkpoint yet; let the run reach its first one")
         _, facts = newest
-        best = int(facts["best"]["step"])
         try:
+            best = int(facts["best"]["step"])
             checkpoints.load(checkpoints.path_of(self.checkpoints, best))
-        except CheckpointError:
-            return int(facts["ledger"]["steps"])
+        except (CheckpointError, KeyError, TypeError, ValueError):
+            return checkpoints.step_of(facts)
         return best
 
 

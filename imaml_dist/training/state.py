@@ -59,28 +59,37 @@ class MetaState:
         Raises:
             CheckpointError: names or shapes differ from this model's.
         """
-        model = model_tensors(tensors)
-        expected = {name: tuple(value.shape) for name, value in self.model.state_dict().items()}
-        found = {name: tuple(value.shape) for name, value in model.items()}
-        if expected != found:
-            odd = sorted(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))[0]
+        load_model(self.model, tensors)
+        try:
+            slots: dict[int, dict[str, Tensor]] = {}
+            for name, value in tensors.items():
+                if name.startswith("optimizer."):
+                    _, number, slot = name.split(".", 2)
+                    slots.setdefault(int(number), {})[slot] = value
+            self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
+            self.ledger, self.best = Ledger(**facts["ledger"]), Best(**facts["best"])
+            self.seconds, self.skipped_in_a_row = float(facts["seconds"]), int(facts["skipped_in_a_row"])
+        except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
-                f"the checkpoint's {odd!r} has shape {found.get(odd)}, this model's has {expected.get(odd)}"
-            )
-        self.model.load_state_dict(model)
-        slots: dict[int, dict[str, Tensor]] = {}
-        for name, value in tensors.items():
-            if name.startswith("optimizer."):
-                _, number, slot = name.split(".", 2)
-                slots.setdefault(int(number), {})[slot] = value
-        self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
-        self.ledger, self.best, self.seconds = Ledger(**facts["ledger"]), Best(**facts["best"]), float(facts["seconds"])
-        self.skipped_in_a_row = int(facts["skipped_in_a_row"])
+                f"the checkpoint is of another version ({type(error).__name__}: {error}); start over with --fresh"
+            ) from error
 
 
-def model_tensors(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The model's part of a saved state, as `load_state_dict` takes it."""
-    return {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Load the model's part of a saved state.
+
+    Raises:
+        CheckpointError: names, shapes or types differ from this model's.
+    """
+    saved = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
+    expected = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
+    found = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
+    if expected != found:
+        odd = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
+        said = {True: "has shape {} of {}", False: "does not exist{}{}"}
+        there, here = (said[odd in known].format(*known.get(odd, ("", ""))) for known in (found, expected))
+        raise CheckpointError(f"the checkpoint's {odd!r} {there}, this model's {here}; it belongs to another model")
+    model.load_state_dict(saved)
 
 
 def sha256_of(tensors: dict[str, Tensor]) -> str:

@@ -5,6 +5,7 @@ import os
 import signal
 import time
 
+import psutil
 import pytest
 from helpers.command import Command, imaml, wait_for_step
 from helpers.runs import fingerprint, tiny, train_alone, write_config
@@ -30,6 +31,19 @@ def train(config, *more):
     return ("train", str(config), "--run-dir", str(config.parent / "run"), *more)
 
 
+def listening(command):
+    """(process, address) of every socket that the command's processes listen on."""
+    found = []
+    for pid in command.processes():
+        try:
+            connections = psutil.Process(pid).net_connections(kind="inet")
+        except psutil.NoSuchProcess:
+            continue
+        found += [(pid, c.laddr.ip) for c in connections if c.status == psutil.CONN_LISTEN]
+    assert found, "Ray listens somewhere"
+    return found
+
+
 def result(config):
     run = config.parent / "run"
     summary = json.loads((run / "summary.json").read_text())
@@ -42,8 +56,12 @@ def result(config):
 
 
 def test_two_workers_give_the_bits_of_the_local_backend(config, gold, tmp_path):
-    code, output = imaml(*train(config), cwd=tmp_path)
-    assert code == 0, output
+    with Command(*train(config), cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 1, command)
+        pids = json.loads((tmp_path / "run" / "starts.jsonl").read_text())["pids"]
+        exposed = [pid for pid, ip in listening(command) if not ip.removeprefix("::ffff:").startswith("127.")]
+        assert exposed in ([], [pids[0]]), "only torch's own rendezvous store, on rank 0, knows no other address"
+        assert command.wait() == 0, command.output
     summary, found = result(config)
     assert found == gold
     assert (summary["world_size"], summary["restarts"]) == (2, 0)

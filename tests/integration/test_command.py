@@ -93,7 +93,7 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_t
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, command)
         command.kill(signal.SIGINT)
         assert command.wait() == 130, command.output
-    assert "the same command goes on from it" in command.output
+    assert "the same command goes on from the last checkpoint" in command.output
     assert imaml("train", str(config), "--run-dir", "run", cwd=tmp_path)[0] == 0
     assert fingerprint(tmp_path / "run") == train_alone(tiny(data, **run), tmp_path / "gold")
 
@@ -108,6 +108,7 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_t
         (["data.url=s3://bucket/x"], "scheme 's3' is not supported"),
         (["run.device=cuda"], "run.device: cuda given"),
         (["model={kind: 'no.such:thing'}"], "model.kind: 'no.such:thing' cannot be used"),
+        (["model={kind: 'torch.nn:Flatten'}"], "model.kind: 'torch.nn:Flatten' cannot be used"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_exit_code_2_before_anything_starts(data, tmp_path, overrides, says):
@@ -149,6 +150,44 @@ def test_two_commands_do_not_train_in_one_directory(data, tmp_path):
         assert command.process.poll() is None
         command.kill(signal.SIGTERM)
         assert command.wait() == 130
+
+
+def test_fresh_deletes_what_a_run_wrote_and_nothing_else(data, tmp_path):
+    config = write_config(tmp_path / "config.yaml", data, steps=1)
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
+    code, output = imaml("train", str(config), "--run-dir", ".", "--fresh", cwd=tmp_path)
+    assert code == 2
+    assert "holds no run (it holds 'thesis')" in output
+    assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
+
+
+def test_paths_that_are_not_what_they_should_be(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, steps=1)
+    (tmp_path / "file").write_text("")
+    for args in (
+        ("train", str(config), "--run-dir", "file/x"),
+        ("prepare", "omniglot", "--out", "file", "--source", "file"),
+    ):
+        code, output = imaml(*args, cwd=tmp_path)
+        assert code == 2, output
+        assert len(output.strip().splitlines()) == 1, output
+
+
+def test_a_network_that_does_not_fit_is_refused_before_anything_starts(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data)
+    (tmp_path / "mine.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "class Noisy(nn.Module):\n"
+        "    def __init__(self): super().__init__(); self.l = nn.Linear(784, 3)\n"
+        "    def forward(self, x): return self.l(x.flatten(1)) + torch.randn(())\n"
+        "def noisy(image_shape, way): return Noisy()\n"
+        "def wrong(image_shape, way): return nn.Linear(5, way)\n"
+    )
+    for name, says in {"noisy": "different outputs for the same input", "wrong": "cannot be meta-trained"}.items():
+        code, output = imaml("train", str(config), "--set", f"model={{kind: 'mine:{name}'}}", cwd=tmp_path)
+        assert (code, says in output) == (2, True), output
 
 
 def test_other_mistakes_with_run_directories(data, tmp_path, finished):

@@ -11,13 +11,14 @@ import pytest
 from helpers.gloo import free_port
 
 from imaml_dist.errors import TrackingError
+from imaml_dist.storage.local import without_secrets
 from imaml_dist.tracking import metrics_file
-from imaml_dist.tracking.mlflow_run import MlflowRun, RunFacts, without_secrets
+from imaml_dist.tracking.mlflow_run import MlflowRun, RunFacts
 
 FACTS = RunFacts(
     experiment="problem",
     name="a-run",
-    params={"algorithm.lam": 0.1, **{f"many.p{i}": i for i in range(150)}},
+    params={"algorithm.lam": 0.1, **{f"many.p{i}": i for i in range(149)}, "odd?name": 1},
     tags={"git_commit": "abc"},
     dataset={"name": "blobs", "digest": "f" * 64, "source": "data/blobs"},
     dataset_tags={"n_way": "5"},

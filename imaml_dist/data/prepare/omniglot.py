@@ -6,11 +6,12 @@ Source: Lake et al., "Human-level concept learning through probabilistic program
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import re
-import urllib.error
 import urllib.request
 import zipfile
+import zlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +22,7 @@ from PIL import Image
 from imaml_dist.data.philox import Domain, Stream
 from imaml_dist.data.records import ClassRecord
 from imaml_dist.errors import DataError, StorageError
-from imaml_dist.storage.local import local_path
+from imaml_dist.storage.local import local_path, without_secrets
 
 NAME = "omniglot"
 OFFICIAL_URL = "https://raw.githubusercontent.com/brendenlake/omniglot/master/python"
@@ -58,7 +59,7 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> Path:
         if target.is_file() and _sha256(target) == expected:
             continue
         if not url.startswith(("http://", "https://")):
-            raise DataError(f"--source: {url} is neither a path nor an http(s) URL")
+            raise DataError(f"--source: {without_secrets(url)} is neither a path nor an http(s) URL")
         address = url if url.endswith(f"{name}.zip") else f"{url.rstrip('/')}/{name}.zip"
         part = target.with_suffix(".part")
         try:
@@ -69,19 +70,21 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> Path:
                     done += len(block)
                     if done > _MAX_ARCHIVE_BYTES:
                         raise DataError(
-                            f"{address} is larger than {_MAX_ARCHIVE_BYTES} bytes: not the official archive"
+                            f"{without_secrets(address)} is larger than {_MAX_ARCHIVE_BYTES} bytes: not the official archive"
                         )
                     file.write(block)
                     if progress is not None:
                         progress(f"download {name}", done, total)
-        except (urllib.error.URLError, OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise StorageError(
-                f"{address} cannot be downloaded ({error}); get the two official archives by hand and pass their folder as --source"
+                f"{without_secrets(address)} cannot be downloaded ({error}); "
+                "get the two official archives by hand and pass their folder as --source"
             ) from error
         if (found := _sha256(part)) != expected:
             part.unlink()
             raise DataError(
-                f"{address} arrived with sha256 {found[:12]}, the official archive has {expected[:12]}; try again or pass --source"
+                f"{without_secrets(address)} arrived with sha256 {found[:12]}, the official archive has {expected[:12]}; "
+                "try again or pass --source"
             )
         part.replace(target)
     return folder
@@ -160,7 +163,15 @@ def _image_files(source: Path, digests: dict[str, str]) -> Iterator[tuple[str, b
                                 f"{archive}: {member.filename} unpacks to {member.file_size} bytes, too large for a drawing"
                             )
                         yield member.filename, opened.read(member)
-        except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError) as error:
+        except (
+            zipfile.BadZipFile,
+            zlib.error,
+            EOFError,
+            OSError,
+            NotImplementedError,
+            RuntimeError,
+            ValueError,
+        ) as error:
             raise DataError(f"{archive} cannot be read as a zip archive ({error}); copy it again") from error
     for folder in (source / name for name in ARCHIVES if not archives):
         digest = hashlib.sha256()
@@ -177,7 +188,7 @@ def _decode(data: bytes, name: str) -> np.ndarray:
             if image.size != (105, 105):
                 raise DataError(f"{name} is {image.size[0]}x{image.size[1]} pixels, Omniglot drawings are 105x105")
             small = image.convert("L").resize((SIDE, SIDE), Image.Resampling.LANCZOS)
-    except (OSError, SyntaxError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{name} is not a readable PNG image ({error}); copy the archive again") from error
     return 255 - np.asarray(small, dtype=np.uint8)[:, :, None]
 

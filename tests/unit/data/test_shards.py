@@ -107,6 +107,10 @@ def test_missing_pieces_are_named(folder, tmp_path):
     [
         (lambda raw: raw["splits"]["train"][0].update(offset=0), "fingerprint"),
         (lambda raw: raw["shards"][0].update(name="../../etc/passwd"), "not a plain file name"),
+        (lambda raw: raw["shards"][0].update(name=""), "not a plain file name"),
+        (lambda raw: raw["splits"]["train"][0].update(shape=[2**70, 0, 28, 1]), "impossible place or shape"),
+        (lambda raw: raw["splits"]["train"][0].update(shape=[2, 14, 28, 1]), "has images of"),
+        (lambda raw: raw["splits"]["train"][0].update(rot=7), "turned 7 times"),
         (lambda raw: raw["splits"]["train"].reverse(), "bytewise order"),
         (lambda raw: raw.update(version=2), "version 2 is not"),
         (lambda raw: raw.pop("shards"), "not a readable index"),

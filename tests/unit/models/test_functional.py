@@ -46,6 +46,35 @@ def test_each_task_gets_the_output_of_the_module_with_its_own_parameters(module,
     functional.load(before)
 
 
+class Shared(nn.Module):
+    """One layer under two names, and one weight in two layers."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(4, 4, dtype=torch.float64)
+        self.again = self.a
+        self.tied = nn.Linear(4, 4, dtype=torch.float64)
+        self.tied.weight = self.a.weight
+
+    def forward(self, x):
+        return self.tied(torch.tanh(self.again(torch.tanh(self.a(x)))))
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+def test_shared_weights_are_shared_in_every_task_and_the_module_stays_untouched(tasks):
+    module = Shared()
+    functional = FunctionalModel(module)
+    assert functional.layout.size == 16 + 4 + 4
+    before = functional.parameters()
+    params = before + torch.arange(1.0, tasks + 1, dtype=torch.float64)[:, None]
+    x = torch.randn(tasks, 5, 4, generator=torch.Generator().manual_seed(0)).double()
+    outputs = functional.predict(params, x)
+    assert torch.equal(functional.parameters(), before)
+    for t in range(tasks):
+        functional.load(params[t])
+        torch.testing.assert_close(outputs[t], module(x[t]), rtol=1e-12, atol=1e-12)
+
+
 def test_frozen_parameters_and_buffers_are_no_meta_parameters():
     functional = FunctionalModel(Odd())
     assert functional.layout.names == ("scale", "linear.weight", "linear.bias")

@@ -1,0 +1,93 @@
+"""What is left of a finished run in numbers: `summary.json`, and the table that ends the command."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.tracking import metrics_file
+from imaml_dist.tracking.mlflow_run import MlflowRun
+from imaml_dist.training import checkpoints
+from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.state import sha256_of
+from pipelines import console
+
+
+def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, tracker: MlflowRun | None) -> dict[str, Any]:
+    """The facts of a finished run, as written to `summary.json`."""
+    loaded = checkpoints.load_newest(run.checkpoints)
+    assert loaded is not None, "a finished run has a checkpoint"
+    tensors, facts = loaded
+    evaluation = run.read_json(run.evaluation_file) if config.evaluate.tasks else None
+    records = metrics_file.read(run.metrics_file)
+    speeds = [r["tasks_per_second"] for r in records if r.get("tasks_per_second")]
+    starts = run.starts()
+    return {
+        "name": config.name,
+        "algorithm": config.algorithm.kind,
+        "dataset": {"name": dataset.index.name, "fingerprint": dataset.index.fingerprint},
+        "way": config.data.way,
+        "shot": config.data.shot,
+        "meta_steps": facts["ledger"]["steps"],
+        "best_step": facts["best"]["step"],
+        "val_accuracy": facts["best"]["accuracy"] if facts["best"]["step"] >= 0 else None,
+        "test_accuracy": evaluation["trained"]["mean"] if evaluation else None,
+        "ci95": evaluation["trained"]["ci95"] if evaluation else None,
+        "untrained_accuracy": evaluation["untrained"]["mean"] if evaluation else None,
+        "untrained_ci95": evaluation["untrained"]["ci95"] if evaluation else None,
+        "tasks_evaluated": evaluation["tasks"] if evaluation else 0,
+        "seconds": facts["seconds"],
+        "tasks_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
+        "world_size": starts[-1]["world_size"],
+        "restarts": len(starts) - 1,
+        "skipped_tasks": len(facts["ledger"]["excluded"]),
+        "ledger": {"tasks": facts["ledger"]["tasks"], "sha256": facts["ledger"]["digest"]},
+        "params_sha256": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),
+        "state_sha256": sha256_of(tensors),
+        "versions": versions(),
+        "environment": {
+            "platform": platform.platform(),
+            "cpus": os.cpu_count(),
+            "device": config.run.device if config.run.device == "cpu" else torch.cuda.get_device_name(),
+        },
+        "mlflow": tracker.identity if tracker is not None else None,
+    }
+
+
+def show_summary(run: RunDirectory) -> None:
+    """The table that ends a run."""
+    facts = run.read_json(run.summary_file)
+    console.table(
+        facts["name"],
+        {
+            "data": f"{facts['dataset']['name']}, {facts['way']}-way {facts['shot']}-shot",
+            "algorithm": facts["algorithm"],
+            f"test accuracy ({facts['tasks_evaluated']} tasks)": console.percent(facts["test_accuracy"], facts["ci95"]),
+            "the same network without meta-training": console.percent(
+                facts["untrained_accuracy"], facts["untrained_ci95"]
+            ),
+            "meta-steps": f"{facts['meta_steps']} in {facts['seconds']:.0f} s on {facts['world_size']} worker(s)",
+            "restarts": str(facts["restarts"]),
+            "tasks per second": "-" if facts["tasks_per_second"] is None else f"{facts['tasks_per_second']:.1f}",
+            "excluded tasks": str(facts["skipped_tasks"]),
+            "params sha256": facts["params_sha256"][:16],
+            "report": str(run.report_file),
+        },
+    )
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that decide what a run computes."""
+    found = {"python": platform.python_version()}
+    for name in ("imaml_dist", "torch", "ray", "mlflow", "numpy", "webdataset"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
