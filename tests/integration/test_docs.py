@@ -35,7 +35,8 @@ def workspace(tmp_path_factory):
     (folder / "pipelines" / "configs").mkdir(parents=True)
     for path in (ROOT / "pipelines" / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
-        config["run"] |= {"steps": 2, "backend": "local", "tasks_per_step": 4}
+        # The seconds are for commands that set their own number of steps.
+        config["run"] |= {"steps": 2, "max_seconds": 3, "backend": "local", "tasks_per_step": 4}
         config["algorithm"]["inner"]["steps"] = 1
         config["model"]["channels"] = 4
         config["validate"]["tasks"] = config["evaluate"]["tasks"] = 4
