@@ -103,7 +103,8 @@ def _worker(payload: dict[str, Any]) -> int:
     try:
         return int(Worker(build_config(payload["config"]), run, ProcessGroup()).run_to_end())
     except ImamlError as error:
-        run.write_json(run.failure_file, {"type": type(error).__name__, "message": str(error)})
+        if type(error) is not ImamlError:  # the bare root only says that rank 0 gave up, whose own reason must stand
+            run.write_json(run.failure_file, {"type": type(error).__name__, "message": str(error)})
         raise
 
 

@@ -112,3 +112,14 @@ def test_training_that_cannot_go_on_says_why_and_exits_with_4(config, tmp_path):
     assert code == 4, output
     assert "10 meta-steps in a row had no usable task" in output
     assert "Traceback" not in output
+
+
+def test_what_rank_0_found_out_reaches_the_user_whichever_rank_reports_last(config, data, tmp_path):
+    """Every checkpoint damaged: rank 0 says so, the others only know that it gave up."""
+    train_alone(tiny(data, steps=4, checkpoint_every=2), tmp_path / "run")
+    for file in (tmp_path / "run" / "checkpoints").glob("step-*/state.safetensors"):
+        file.write_bytes(b"damaged")
+    code, output = imaml(*train(config), cwd=tmp_path)
+    assert code == 2, output
+    assert "no checkpoint in" in output
+    assert "start over with --fresh" in output

@@ -168,7 +168,7 @@ def _image_files(source: Path, digests: dict[str, str]) -> Iterator[tuple[str, b
             zlib.error,
             EOFError,
             OSError,
-            NotImplementedError,
+            NotImplementedError,  # zipfile: an unknown compression
             RuntimeError,
             ValueError,
         ) as error:
