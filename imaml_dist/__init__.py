@@ -8,7 +8,7 @@ from imaml_dist.core.inner.gradient_descent import gradient_descent
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.linear.solution import LinearSolution, Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.core.proximal import ScalarProximal
+from imaml_dist.core.proximal.scalar import ScalarProximal
 from imaml_dist.core.vector import ParameterLayout
 from imaml_dist.errors import ImamlError
 from imaml_dist.models.conv4 import Conv4

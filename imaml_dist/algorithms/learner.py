@@ -22,7 +22,7 @@ from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.linear.solution import LinearSolution, Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.core.proximal import ScalarProximal
+from imaml_dist.core.proximal.scalar import ScalarProximal
 from imaml_dist.core.unrolled import first_order_meta_gradient
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.tasks.episode import EpisodeBatch

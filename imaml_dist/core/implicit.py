@@ -11,18 +11,15 @@ the symmetric form of the paper's `(I + H / lambda)^-1 v` (eq. 5-7).
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec, Objective, hessian_operator
 from imaml_dist.core.linear.solution import LinearSolution, Outcome
-from imaml_dist.core.proximal import Proximal
-
-Solve = Callable[[Matvec, Tensor], LinearSolution]
-"""A linear solver with its options bound: `(matvec, b) -> LinearSolution`."""
+from imaml_dist.core.linear.system import ProximalSystem, Solve
+from imaml_dist.core.proximal.protocol import Proximal
 
 
 @dataclass(frozen=True)
@@ -34,12 +31,15 @@ class MetaGradient:
         first_order: `[T, P]`, v, the query gradient at phi; equal to g in first-order methods.
         query_loss: `[T]`.
         solution: the linear solve behind g, whose `value` is u; None in methods without one.
+        own: gradients of the query loss with respect to parameters that the algorithm itself learns, by name, a row per
+            task; empty where it learns none.
     """
 
     gradient: Tensor
     first_order: Tensor
     query_loss: Tensor
     solution: LinearSolution | None
+    own: dict[str, Tensor] = field(default_factory=dict)
 
 
 def query_gradient(query_loss: Objective, adapted: Tensor) -> tuple[Tensor, Tensor]:
@@ -66,10 +66,10 @@ def implicit_meta_gradient(
 
     With the Hessian and without damping it is exact up to the solver's residual when phi is the minimiser of the inner
     problem; away from it the error is bounded by theorem 1 of the paper, so watch the inner solve's stationarity. The
-    gradient with respect to Lambda itself is `proximal.gradient(u, adapted - anchor)`, from the same solve.
+    gradient with respect to Lambda's own parameters, `proximal.gradient(u, adapted - anchor)`, comes from the same solve.
 
-    Where the solver meets negative curvature in its first step no system has been solved at all and `u` is the zero
-    start: the task then gets the first-order direction `g = v`, its outcome and residual say so.
+    Where the solver meets negative curvature in its first step no system has been solved at all: the task then gets the
+    first-order direction, `u = Lambda^-1 v` and `g = v`; its outcome and residual say so.
 
     Args:
         support_loss: `[T, P] -> [T]`; its Hessian is the curvature unless `curvature` is given.
@@ -77,7 +77,7 @@ def implicit_meta_gradient(
         adapted: phi, `[T, P]`.
         anchor: theta, `[T, P]`; must not depend on phi.
         proximal: Lambda.
-        solve: linear solver, for example `functools.partial(conjugate_gradient, max_iterations=5)`.
+        solve: linear solver of a `ProximalSystem`, for example `functools.partial(conjugate_gradient, max_iterations=5)`.
         curvature: products with another curvature of the support loss at phi (Gauss-Newton).
         damping: mu >= 0, added for stability to the system only: `g` stays `Lambda u`. As mu grows, g turns towards v.
 
@@ -89,18 +89,18 @@ def implicit_meta_gradient(
 
     Source: iMAML eq. 5-7, lemma 1, algorithm 2.
     """
-    if damping < 0:
-        raise ValueError(f"damping must not be negative, got {damping}")
     if adapted.shape != anchor.shape:
         raise ValueError(f"adapted {tuple(adapted.shape)} and anchor {tuple(anchor.shape)} differ in shape")
     losses, v = query_gradient(query_loss, adapted)
     hessian = hessian_operator(support_loss, adapted) if curvature is None else curvature
-
-    def system(p: Tensor) -> Tensor:
-        ap = hessian(p) + proximal.apply(p)
-        return ap + damping * p if damping else ap
-
-    solution = solve(system, v)
-    unsolved = (solution.outcome == Outcome.NEGATIVE_CURVATURE) & (solution.iterations == 0)
-    gradient = torch.where(unsolved[:, None], v, proximal.apply(solution.value))
-    return MetaGradient(gradient=gradient, first_order=v, query_loss=losses, solution=solution)
+    solution = solve(ProximalSystem(hessian, proximal, damping), v)
+    unsolved = ((solution.outcome == Outcome.NEGATIVE_CURVATURE) & (solution.iterations == 0))[:, None]
+    gradient = torch.where(unsolved, v, proximal.apply(solution.value))
+    u = torch.where(unsolved, proximal.solve(v), solution.value)
+    return MetaGradient(
+        gradient=gradient,
+        first_order=v,
+        query_loss=losses,
+        solution=replace(solution, value=u),
+        own=proximal.gradient(u, adapted - anchor),
+    )

@@ -8,7 +8,7 @@ from torch import Tensor
 from imaml_dist.core.curvature import Objective
 from imaml_dist.core.inner.solution import InnerSolution, stationarity
 from imaml_dist.core.outcome import inner_outcome
-from imaml_dist.core.proximal import Proximal
+from imaml_dist.core.proximal.protocol import Proximal
 
 
 def gradient_descent(

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_dist.core.curvature import Matvec
+
 
 @dataclass(frozen=True)
 class InnerSolution:
@@ -19,6 +21,8 @@ class InnerSolution:
             0 at an exact stationary point, where the implicit function theorem holds; 1 is where the solver began.
         steps: `[T]` int64.
         outcome: `[T]` int64, `TaskOutcome` codes.
+        curvature: products with the curvature of L at phi where the solver has it at hand (Newton-CG), so that the implicit
+            solve need not linearise again; None otherwise.
     """
 
     params: Tensor
@@ -26,6 +30,7 @@ class InnerSolution:
     stationarity: Tensor
     steps: Tensor
     outcome: Tensor
+    curvature: Matvec | None = None
 
 
 def stationarity(at_end: Tensor, at_start: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from helpers.problems import Quadratics
 
 from imaml_dist.core.inner.gradient_descent import gradient_descent
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.core.proximal import ScalarProximal
+from imaml_dist.core.proximal.scalar import ScalarProximal
 
 TASKS, SIZE = 3, 6
 

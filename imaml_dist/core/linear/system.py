@@ -1,0 +1,51 @@
+"""The system of the implicit gradient, `(C + Lambda + mu I) u = v`, with its parts in sight.
+
+Most solvers only multiply with it, and it is itself a `Matvec`. Those that know more of its structure (Nystrom, the dual)
+use its parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from imaml_dist.core.curvature import Matvec
+from imaml_dist.core.linear.solution import LinearSolution
+from imaml_dist.core.proximal.protocol import Proximal
+
+
+@dataclass(frozen=True)
+class ProximalSystem:
+    """`A_t = C_t + Lambda + mu I` for every task t.
+
+    Attributes:
+        curvature: C, products with the Hessian or the Gauss-Newton matrix of the support loss.
+        proximal: Lambda.
+        damping: mu >= 0, for stability only.
+
+    Raises:
+        ValueError: `damping` < 0.
+    """
+
+    curvature: Matvec
+    proximal: Proximal
+    damping: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0:
+            raise ValueError(f"damping must not be negative, got {self.damping}")
+
+    def __call__(self, p: Tensor) -> Tensor:
+        """`A p`: `[T, P]` -> `[T, P]`."""
+        ap = self.curvature(p) + self.proximal.apply(p)
+        return ap + self.damping * p if self.damping else ap
+
+    def regulariser_solve(self, v: Tensor) -> Tensor:
+        """`(Lambda + mu I)^-1 v`: `[..., P]` -> `[..., P]`."""
+        return self.proximal.solve(v, self.damping)
+
+
+Solve = Callable[[ProximalSystem, Tensor], LinearSolution]
+"""A linear solver with its options bound: `(system, v) -> LinearSolution`."""
