@@ -26,6 +26,10 @@ class Proximal(Protocol):
         """`(Lambda + shift I)^-1 v`: `[..., P]` -> `[..., P]`, shift >= 0."""
         ...
 
+    def diagonal(self) -> Tensor:
+        """Lambda's diagonal, `[P]`; `[1]` where all of it is one number."""
+        ...
+
     def gradient(self, u: Tensor, delta: Tensor) -> dict[str, Tensor]:
         """Gradient of the query loss with respect to Lambda's own parameters, by their names, a row per task.
 

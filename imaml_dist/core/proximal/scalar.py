@@ -38,9 +38,9 @@ class ScalarProximal:
         """`v / (lam + shift)`."""
         return v / (self.lam + shift)
 
-    def diagonal(self, v: Tensor) -> Tensor:
-        """Lambda's diagonal `[P]`, for a v `[..., P]`."""
-        return torch.as_tensor(self.lam, dtype=v.dtype, device=v.device).expand(v.shape[-1])
+    def diagonal(self) -> Tensor:
+        """`[1]`, lambda: the same for every parameter."""
+        return torch.as_tensor(self.lam).reshape(1)
 
     def gradient(self, u: Tensor, delta: Tensor) -> dict[str, Tensor]:
         """`{"lam": -u' delta}`, `[T]`."""

@@ -1,0 +1,119 @@
+"""Every regulariser against its dense matrix, and its gradient against differentiation of the dense form."""
+
+import pytest
+import torch
+
+from imaml_dist.core.proximal.parametrisation import LARGEST_SIDE, Parametrisation
+from imaml_dist.core.proximal.scalar import ScalarProximal
+from imaml_dist.core.vector import ParameterLayout
+
+KINDS = ["scalar", "per_layer", "diagonal", "low_rank", "kronecker"]
+LAYOUT = ParameterLayout(("a.weight", "a.bias", "b.weight", "scale"), ((3, 2, 2), (3,), (2, 3), ()))
+P, TASKS = LAYOUT.size, 4
+
+
+def parametrisation(kind):
+    return Parametrisation(kind, LAYOUT, rank=3)
+
+
+def perturbed(kind, seed=0):
+    """Unconstrained parameters away from the isotropic start."""
+    raw = parametrisation(kind).initial(0.7, torch.float64)
+    generator = torch.Generator().manual_seed(seed)
+    return {n: v + 0.4 * torch.randn(v.shape, generator=generator, dtype=torch.float64) for n, v in raw.items()}
+
+
+def dense(kind, raw):
+    """Lambda written out by hand from the unconstrained parameters, differentiable."""
+    if kind == "scalar":
+        return torch.eye(P, dtype=torch.float64) * raw["log_strength"].exp()
+    if kind == "per_layer":
+        a, b, own = raw["log_strengths"].exp()
+        return torch.diag(torch.cat([a.expand(15), b.expand(6), own.expand(1)]))
+    if kind == "diagonal":
+        return torch.diag(raw["log_strengths"].exp())
+    if kind == "low_rank":
+        return torch.diag(raw["log_strengths"].exp()) + raw["factor"] @ raw["factor"].T
+
+    def factor(name):
+        lower = raw[name].tril(-1) + torch.diag(torch.diagonal(raw[name]).exp())
+        return lower @ lower.T
+
+    return torch.block_diag(
+        torch.kron(factor("a.weight.left"), factor("a.weight.right")),
+        torch.diag(raw["a.bias.log_strengths"].exp()),
+        torch.kron(factor("b.weight.left"), factor("b.weight.right")),
+        torch.diag(raw["scale.log_strengths"].exp()),
+    )
+
+
+@pytest.fixture(params=KINDS)
+def case(request):
+    raw = perturbed(request.param)
+    return request.param, raw, parametrisation(request.param).build(raw), dense(request.param, raw)
+
+
+def vectors(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(TASKS, P, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def test_products_values_and_diagonal_are_those_of_the_dense_matrix(case):
+    _, _, proximal, matrix = case
+    (v,) = vectors(1)
+    torch.testing.assert_close(proximal.apply(v), v @ matrix, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(proximal.value(v), 0.5 * torch.einsum("ti,ij,tj->t", v, matrix, v), rtol=1e-12, atol=0)
+    torch.testing.assert_close(proximal.diagonal().expand(P), matrix.diagonal(), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("shift", [0.0, 2.5])
+def test_solve_inverts_the_dense_matrix_on_any_leading_axes(case, shift):
+    _, _, proximal, matrix = case
+    v = torch.stack(vectors(3))
+    expected = torch.linalg.solve(matrix + shift * torch.eye(P, dtype=torch.float64), v.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(proximal.solve(v, shift), expected, rtol=1e-10, atol=1e-10)
+
+
+def test_every_regulariser_is_positive_definite_whatever_its_unconstrained_parameters(case):
+    kind, raw, _, _ = case
+    for size in (-3.0, 3.0):
+        wild = {name: size * value for name, value in raw.items()}
+        assert float(torch.linalg.eigvalsh(dense(kind, wild)).min()) > 0
+
+
+def test_gradient_is_the_derivative_of_the_dense_form_for_every_task(case):
+    """dF/dLambda = -u' dLambda delta, through the parametrisation, by torch's own differentiation of the dense matrix."""
+    kind, raw, proximal, _ = case
+    u, delta = vectors(2)
+    rows = parametrisation(kind).pull_back(raw, proximal.gradient(u, delta))
+    assert rows.keys() == raw.keys()
+    for t in range(TASKS):
+        leaves = {name: value.clone().requires_grad_(True) for name, value in raw.items()}
+        value = -(u[t] @ dense(kind, leaves) @ delta[t])
+        expected = torch.autograd.grad(value, list(leaves.values()))
+        for name, gradient in zip(leaves, expected, strict=True):
+            torch.testing.assert_close(rows[name][t], gradient, rtol=1e-10, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_initial_regulariser_is_the_scalar_one(kind):
+    raw = parametrisation(kind).initial(1.7, torch.float64)
+    matrix, identity = dense(kind, raw), torch.eye(P, dtype=torch.float64)
+    if kind == "low_rank":  # plus a small random part, without which the factor's gradient would vanish
+        extra = matrix - 1.7 * identity
+        assert 0 < float(torch.trace(extra)) < 3 * 0.1 * 1.7 * 2
+    else:
+        torch.testing.assert_close(matrix, 1.7 * identity, rtol=1e-12, atol=1e-12)
+
+
+def test_misuse_is_refused():
+    for strength in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="strength"):
+            parametrisation("diagonal").initial(strength)
+        with pytest.raises(ValueError, match="lam"):
+            ScalarProximal(strength)
+    for rank in (0, P + 1):
+        with pytest.raises(ValueError, match="rank"):
+            Parametrisation("low_rank", LAYOUT, rank=rank)
+    with pytest.raises(ValueError, match=r"'w' .* too large"):
+        Parametrisation("kronecker", ParameterLayout(("w",), ((2, LARGEST_SIDE + 1),)))
