@@ -15,6 +15,11 @@ from rich.table import Table
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
+TWO_ACCURACIES = (
+    "Accuracy is transductive, as the field reports it: the query images of a task are normalised together. "
+    "Inductive: each query image alone, with statistics from the support set."
+)
+
 _PLAIN_EVERY_S = 10.0
 
 
@@ -58,18 +63,20 @@ def step_remark(record: dict[str, Any]) -> str:
         if record.get(key) is not None:
             parts.append(f"{label} {record[key]:.3g}")
     if record.get("excluded"):
-        parts.append(f"excluded {record['excluded']}")
+        parts.append(f"excluded {record['excluded']}" + (", step skipped" if record.get("step_skipped") else ""))
     if record.get("tasks_per_second") is not None:
         parts.append(f"{record['tasks_per_second']:.1f} tasks/s")
     return ", ".join(parts)
 
 
-def table(title: str, rows: dict[str, str]) -> None:
-    """Two columns: what, and its value."""
+def table(title: str, rows: dict[str, str], note: str = "") -> None:
+    """Two columns: what, and its value; below them what a reader must know."""
     grid = Table(title=title, show_header=False, title_justify="left")
     for name, value in rows.items():
         grid.add_row(name, value)
     out.print(grid)
+    if note:
+        out.print(note, soft_wrap=True)
 
 
 def percent(mean: float | None, ci95: float | None) -> str:

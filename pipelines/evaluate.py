@@ -14,13 +14,13 @@ from imaml_dist.distributed.build import make_deterministic, make_learner, make_
 from imaml_dist.errors import ConfigError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
+from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
-from imaml_dist.training.state import load_model
 from pipelines import console
 
 
 def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
-    """Mean accuracy, 95% interval and accuracy per task of the best checkpoint.
+    """Mean accuracy, 95% interval and accuracy per task of the best checkpoint, transductive and inductive.
 
     Raises:
         InputError: no such run, split or checkpoint.
@@ -39,19 +39,22 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
     learner = make_learner(config, source.image_shape)
     step = run.best_checkpoint()
     tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
-    load_model(learner.model, tensors)
+    meta_parameters(learner).load(tensors)
     with console.progress(f"evaluating {config.name} on {split}") as show:
         result = evaluate(
             learner, source, tasks, device=config.run.device, progress=lambda done, total: show(done, total, "")
         )
+    alone = result.to_dict()["inductive"] or {"mean": None, "ci95": None, "per_task": None}
     console.table(
         config.name,
         {
             "split": split,
             "tasks": str(tasks),
             "accuracy": console.percent(result.mean, result.ci95),
+            "accuracy, inductive": console.percent(alone["mean"], alone["ci95"]),
             "checkpoint of step": str(step),
         },
+        console.TWO_ACCURACIES,
     )
     return {
         "split": split,
@@ -60,4 +63,7 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
         "accuracy": result.mean,
         "ci95": result.ci95,
         "per_task": result.per_task,
+        "accuracy_inductive": alone["mean"],
+        "ci95_inductive": alone["ci95"],
+        "per_task_inductive": alone["per_task"],
     }

@@ -28,6 +28,7 @@ def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, track
     records = metrics_file.read(run.metrics_file)
     speeds = [r["tasks_per_second"] for r in records if r.get("tasks_per_second")]
     starts = run.starts()
+    tested = {who: _accuracies(evaluation, who) for who in ("trained", "untrained")}
     return {
         "name": config.name,
         "algorithm": config.algorithm.kind,
@@ -37,16 +38,22 @@ def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, track
         "meta_steps": facts["ledger"]["steps"],
         "best_step": facts["best"]["step"],
         "val_accuracy": facts["best"]["accuracy"] if facts["best"]["step"] >= 0 else None,
-        "test_accuracy": evaluation["trained"]["mean"] if evaluation else None,
-        "ci95": evaluation["trained"]["ci95"] if evaluation else None,
-        "untrained_accuracy": evaluation["untrained"]["mean"] if evaluation else None,
-        "untrained_ci95": evaluation["untrained"]["ci95"] if evaluation else None,
+        "test_accuracy": tested["trained"][0],
+        "ci95": tested["trained"][1],
+        "test_accuracy_inductive": tested["trained"][2],
+        "ci95_inductive": tested["trained"][3],
+        "untrained_accuracy": tested["untrained"][0],
+        "untrained_ci95": tested["untrained"][1],
+        "untrained_accuracy_inductive": tested["untrained"][2],
+        "untrained_ci95_inductive": tested["untrained"][3],
         "tasks_evaluated": evaluation["tasks"] if evaluation else 0,
         "seconds": facts["seconds"],
         "tasks_per_second": sorted(speeds)[len(speeds) // 2] if speeds else None,
         "world_size": starts[-1]["world_size"],
         "restarts": len(starts) - 1,
         "skipped_tasks": len(facts["ledger"]["excluded"]),
+        "skipped_steps": facts["ledger"]["steps"] - facts["updates"],
+        "warm_start": _warm_start(config, starts),
         "ledger": {"tasks": facts["ledger"]["tasks"], "sha256": facts["ledger"]["digest"]},
         "params_sha256": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),
         "state_sha256": sha256_of(tensors),
@@ -60,6 +67,18 @@ def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, track
     }
 
 
+def _accuracies(evaluation: Any, who: str) -> tuple[float | None, ...]:
+    """Mean and interval, transductive and inductive; None where there is none."""
+    part = (evaluation or {}).get(who) or {}
+    return tuple(kind.get(key) for kind in (part, part.get("inductive") or {}) for key in ("mean", "ci95"))
+
+
+def _warm_start(config: ExperimentConfig, starts: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What the run began with, by the newest start that began at step 0."""
+    noted = [start["warm_start"]["sha256"] for start in starts if start.get("warm_start")]
+    return {"path": config.warm_start.path, "sha256": noted[-1]} if noted else None
+
+
 def show_summary(run: RunDirectory) -> None:
     """The table that ends a run."""
     facts = run.read_json(run.summary_file)
@@ -69,16 +88,21 @@ def show_summary(run: RunDirectory) -> None:
             "data": f"{facts['dataset']['name']}, {facts['way']}-way {facts['shot']}-shot",
             "algorithm": facts["algorithm"],
             f"test accuracy ({facts['tasks_evaluated']} tasks)": console.percent(facts["test_accuracy"], facts["ci95"]),
-            "the same network without meta-training": console.percent(
+            "the same, inductive": console.percent(facts.get("test_accuracy_inductive"), facts.get("ci95_inductive")),
+            "the initial network without meta-training": console.percent(
                 facts["untrained_accuracy"], facts["untrained_ci95"]
+            ),
+            "the initial network, inductive": console.percent(
+                facts.get("untrained_accuracy_inductive"), facts.get("untrained_ci95_inductive")
             ),
             "meta-steps": f"{facts['meta_steps']} in {facts['seconds']:.0f} s on {facts['world_size']} worker(s)",
             "restarts": str(facts["restarts"]),
             "tasks per second": "-" if facts["tasks_per_second"] is None else f"{facts['tasks_per_second']:.1f}",
-            "excluded tasks": str(facts["skipped_tasks"]),
+            "excluded tasks, skipped steps": f"{facts['skipped_tasks']}, {facts.get('skipped_steps', 0)}",
             "params sha256": facts["params_sha256"][:16],
             "report": str(run.report_file),
         },
+        console.TWO_ACCURACIES if facts["test_accuracy"] is not None else "",
     )
 
 

@@ -39,7 +39,13 @@ def finish_tracking(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
     facts = run.read_json(run.summary_file) if status == "FINISHED" else None
     results: dict[str, float] = {}
     if facts is not None and facts["test_accuracy"] is not None:
-        results = {"test/accuracy": facts["test_accuracy"], "test/accuracy_ci95": facts["ci95"]}
+        keys = {
+            "test/accuracy": "test_accuracy",
+            "test/accuracy_ci95": "ci95",
+            "test/accuracy_inductive": "test_accuracy_inductive",
+            "test/accuracy_inductive_ci95": "ci95_inductive",
+        }
+        results = {name: value for name, key in keys.items() if (value := facts.get(key)) is not None}
     tags = {"resume_count": str(max(0, len(run.starts()) - 1))}
     files = [run.config_file, run.summary_file, run.evaluation_file, run.report_file]
     tracker.close(status, files, results, tags)

@@ -24,6 +24,7 @@ from imaml_dist.storage.local import exclusive
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.tracking.metrics_file import Follower
 from imaml_dist.tracking.mlflow_run import MlflowRun
+from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
 from pipelines.summary import show_summary, summary
@@ -47,7 +48,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fre
     sys.path.insert(0, os.getcwd())  # a user's own model factory lies beside their configuration
     config = resolve(load_config(config_path, overrides), cuda=torch.cuda.is_available())
     run = RunDirectory(run_dir or Path("runs") / config.name)
-    dataset = _preflight(config)
+    dataset = _preflight(config, run, fresh)
     run.check_usable()
     run.path.mkdir(parents=True, exist_ok=True)
     with exclusive(run.driver_lock) as held:
@@ -86,34 +87,35 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
     return True
 
 
-def _preflight(config: ExperimentConfig) -> Dataset:
-    """Find what is wrong with data, episodes and model before anything is started."""
+def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Dataset:
+    """Find what is wrong with data, episodes, model and warm start before anything is started."""
     dataset = Dataset(config.data.url)
     for split, wanted in (("train", True), ("val", config.validation.tasks > 0), ("test", config.evaluate.tasks > 0)):
         if wanted:
             make_source(config, dataset, split)
     learner = make_learner(config, dataset.index.image_shape)
-    if isinstance(config.model, UserModelConfig):
+    if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(learner, make_source(config, dataset, "train"))
+    source = config.warm_start
+    if source.path is not None and (fresh or not checkpoints.steps(run.checkpoints)):  # a resumed run needs it no more
+        warm_start.check_outside(source.path, run.path)
+        warm_start.load_into(learner.model, source.path, source.skip)
     return dataset
 
 
 def _try_model(learner: MetaLearner, source: TaskSource) -> None:
-    """One task through a user's network, twice: shapes must fit, and the same input must give the same output."""
-    episodes = source.episodes(0, range(1)).to(next(learner.model.parameters()).device)
+    """Two tasks through a user's network and loss: what does not fit must be known before workers start."""
+    episodes = source.episodes(0, range(2)).to(next(learner.model.parameters()).device)
     try:
-        theta = learner.functional.parameters()
-        first, second = (learner.functional.predict(theta[None], episodes.support_x) for _ in range(2))
+        learner.preflight(episodes)
         learner.task_gradients(episodes)
+    except ModelError as error:
+        raise ModelError(f"model.kind: {error}") from error
     except Exception as error:  # it is the user's code, and may raise anything
         raise ModelError(
             f"model.kind: the network cannot be meta-trained ({type(error).__name__}: {error}); it must map float32 images "
             f"[n, C, H, W] to one logit per class [n, N], and be twice differentiable"
         ) from error
-    if not torch.equal(first, second):
-        raise ModelError(
-            "model.kind: the network gives different outputs for the same input; switch off what is random in it"
-        )
 
 
 def _is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from imaml_dist.config.presets import PRESET_FIELDS
 from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.errors import ConfigError
 
@@ -50,8 +51,9 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a configuration file and apply `a.b=value` overrides, whose values are YAML.
 
-    An override of a section's `kind` drops the fields of the file that the new kind does not have, so that
-    `--set algorithm.kind=fomaml` is one switch; fields set by an override are never dropped.
+    An override of a section's `kind` drops the fields of the file that the new kind does not have, and one of
+    `algorithm.preset` those that the preset decides, so that either is one switch; fields set by an override are never
+    dropped.
 
     Raises:
         ConfigError: the file is missing or not YAML, or a field is unknown, missing, of the wrong type or out of range.
@@ -77,8 +79,8 @@ def build_config(raw: dict[str, Any], overrides: Sequence[str] = (), where: str 
         dotted, equals, text = override.partition("=")
         if not equals or not all(dotted.split(".")) or dotted.count(".") > 8:
             raise ConfigError(f"--set {override}: expected section.field=value, for example --set run.steps=100")
-        raw = _assign(raw, dotted.split("."), _parse(text, f"--set {override}"), dotted)
-    _drop_fields_of_other_kinds(raw, {o.partition("=")[0] for o in overrides})
+        raw = _assign(_with_strength_section(raw, dotted), dotted.split("."), _parse(text, f"--set {override}"), dotted)
+    _drop_what_no_longer_applies(raw, {o.partition("=")[0] for o in overrides})
     try:
         return ExperimentConfig.model_validate(raw)
     except ValidationError as error:
@@ -127,29 +129,49 @@ def _assign(raw: dict[str, Any], path: list[str], value: Any, dotted: str) -> di
     return {**raw, head: _assign(below, rest, value, dotted)}
 
 
-def _drop_fields_of_other_kinds(raw: dict[str, Any], overridden: set[str]) -> None:
-    for section in ("algorithm", "model"):
-        kind = raw[section].get("kind") if isinstance(raw.get(section), dict) else None
-        chosen = _kinds(section).get(kind) if isinstance(kind, str) else None
-        if f"{section}.kind" in overridden and chosen is not None:
-            raw[section] = {
-                key: value
-                for key, value in raw[section].items()
-                if key in chosen.model_fields or any(o.startswith(f"{section}.{key}") for o in overridden)
+def _with_strength_section(raw: dict[str, Any], dotted: str) -> dict[str, Any]:
+    """`algorithm.lam: 0.1` as `{init: 0.1}` where an override reaches into it."""
+    algorithm = raw.get("algorithm")
+    lam = algorithm.get("lam") if isinstance(algorithm, dict) else None
+    if dotted.startswith("algorithm.lam.") and isinstance(algorithm, dict) and isinstance(lam, (int, float)):
+        return {**raw, "algorithm": {**algorithm, "lam": {"init": lam}}}
+    return raw
+
+
+def _drop_what_no_longer_applies(raw: dict[str, Any], overridden: set[str]) -> None:
+    """Drop what the file says for another `kind` or `preset` than the one chosen by an override."""
+    if "algorithm.preset" in overridden:
+        for dotted in PRESET_FIELDS:
+            section, _, key = dotted.partition(".")
+            if isinstance(raw.get(section), dict) and not any(o.startswith(dotted) for o in overridden):
+                raw[section] = {name: value for name, value in raw[section].items() if name != key}
+    switched = {dotted.removesuffix(".kind") for dotted in overridden if dotted.endswith(".kind")}
+    for path in ("algorithm", "algorithm.inner", "algorithm.solver", "model"):
+        outer, _, inner = path.partition(".")
+        holder: Any = raw.get(outer) if inner else raw
+        fields_given = holder.get(inner or outer) if isinstance(holder, dict) else None
+        if isinstance(fields_given, dict) and any(path == s or path.startswith(s + ".") for s in switched):
+            fields = _fields_of_kind(path, raw)
+            if path == "algorithm.inner" and path in switched:
+                fields = {"kind"}  # another inner solver's rate and steps mean something else
+            given = {name for name in fields_given if any(o.startswith(f"{path}.{name}") for o in overridden)}
+            holder[inner or outer] = {
+                n: v for n, v in fields_given.items() if fields is None or n in fields or n in given
             }
 
 
-def _kinds(section: str) -> dict[Any, type[BaseModel]]:
-    """The records a section can be, by their `kind`."""
-    kinds: dict[Any, type[BaseModel]] = {}
-    pending = [ExperimentConfig.model_fields[section].annotation]
-    while pending:
-        candidate = pending.pop()
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            kinds[candidate.model_fields["kind"].default] = candidate
-        else:
-            pending.extend(get_args(candidate))
-    return kinds
+def _fields_of_kind(path: str, raw: dict[str, Any]) -> set[str] | None:
+    """The fields that a section of the chosen kind has; None where the kind is unknown, or a user's own."""
+    models: list[type[BaseModel]] = [ExperimentConfig]
+    section: Any = raw
+    for key in path.split("."):
+        default = models[0].model_fields[key].default
+        section = section.get(key)
+        kind = section.get("kind", default.kind) if isinstance(section, dict) else default.kind
+        models = [below for below in _models_of(models[0], key) if below.model_fields["kind"].default == kind]
+        if not models:
+            return None
+    return set(models[0].model_fields)
 
 
 def _sentence(error: Any, raw: Any) -> str:
@@ -171,10 +193,12 @@ def _sentence(error: Any, raw: Any) -> str:
 
 def _dotted(location: Sequence[Any], raw: Any) -> tuple[str, Any]:
     """The path as the user writes it: without the tags that pydantic puts between a section and its fields."""
-    parts, value, section = [], raw, raw
+    parts: list[str] = []
+    value, section = raw, raw
     for index, part in enumerate(location):
-        tag = isinstance(value, dict) and part not in value and index < len(location) - 1
-        if tag:
+        # The tag of a union of sections, or of a number and a section.
+        inside = isinstance(value, dict) and part not in value and index < len(location) - 1
+        if inside or (parts and not isinstance(value, (dict, list))):
             continue
         parts.append(str(part))
         section = value

@@ -6,11 +6,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
 
-
-class Section(BaseModel):
-    """Frozen; unknown keys, numbers in quotes, booleans for numbers, nan and inf are refused."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+from imaml_dist.config.algorithm import AlgorithmConfig, IMAMLConfig
+from imaml_dist.config.presets import fill_preset
+from imaml_dist.config.section import Section
 
 
 class DataConfig(Section):
@@ -37,7 +35,7 @@ class MLPConfig(Section):
     """A multilayer perceptron over flattened images."""
 
     kind: Literal["mlp"] = "mlp"
-    hidden: list[Annotated[int, Field(ge=1)]] = [256, 128]
+    hidden: list[Annotated[int, Field(ge=1)]] = Field([256, 128])
 
 
 class UserModelConfig(BaseModel):
@@ -67,68 +65,58 @@ ModelConfig = Annotated[
 ]
 
 
-class InnerConfig(Section):
-    """How a task's parameters phi are found."""
-
-    kind: Literal["gradient_descent"] = "gradient_descent"
-    lr: float = Field(0.1, gt=0)
-    """Step size."""
-    steps: int = Field(16, ge=1)
-
-
-class SolverConfig(Section):
-    """How `(curvature + lambda) u = v` is solved."""
-
-    kind: Literal["conjugate_gradient"] = "conjugate_gradient"
-    operator: Literal["gauss_newton", "hessian"] = "gauss_newton"
-    max_iterations: int = Field(5, ge=1)
-    rtol: float = Field(0.0, ge=0)
-    """Relative residual at which a task's solve ends early; 0 spends the whole budget."""
-    damping: float = Field(0.0, ge=0)
-    on_negative_curvature: Literal["truncate", "gauss_newton", "exclude"] = "truncate"
-
-
-class IMAMLConfig(Section):
-    """Implicit MAML."""
-
-    kind: Literal["imaml"] = "imaml"
-    preset: Literal["default", "paper"] = "default"
-    """`default`: Gauss-Newton, lambda 0.1. `paper`: Hessian, lambda 2, outer rate 1e-3, 16 (20-way: 25) inner steps."""
-    lam: float = Field(0.1, gt=0)
-    """Proximal strength lambda, in loss per squared parameter."""
-    inner: InnerConfig = InnerConfig()
-    solver: SolverConfig = SolverConfig()
-
-
-class FOMAMLConfig(Section):
-    """First-order MAML, the baseline."""
-
-    kind: Literal["fomaml"] = "fomaml"
-    inner: InnerConfig = InnerConfig()
-
-
-def _algorithm_tag(value: Any) -> str | None:
-    return value.get("kind", "imaml") if isinstance(value, dict) else getattr(value, "kind", None)
-
-
-AlgorithmConfig = Annotated[
-    Annotated[IMAMLConfig, Tag("imaml")] | Annotated[FOMAMLConfig, Tag("fomaml")],
-    Discriminator(_algorithm_tag, custom_error_type="kind", custom_error_message="Input should be 'imaml' or 'fomaml'"),
-]
-
-
 class OuterConfig(Section):
     """How the meta-parameters are stepped."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    """`adam` adds `weight_decay` to the gradient, `adamw` shrinks the parameters by it beside the step."""
     lr: float = Field(3.0e-3, gt=0)
+    momentum: float = Field(0.0, ge=0, lt=1)
+    """Of `sgd`."""
+    nesterov: bool = False
+    """Of `sgd` with momentum."""
+    beta1: float = Field(0.9, ge=0, lt=1)
+    """Of `adam` and `adamw`, like `beta2` and `eps`."""
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1.0e-8, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the rate goes from `lr` towards 0 over `run.steps`."""
+    """How the rate goes from `lr` towards 0 over `run.steps` updates; a skipped meta-step is none."""
     warmup: int = Field(0, ge=0, le=10**9)
-    """Steps over which the rate rises linearly to `lr`."""
+    """Updates over which the rate rises linearly to `lr`."""
     clip: float | None = Field(None, gt=0)
-    """Largest norm of the mean meta-gradient."""
+    """Largest norm of the mean meta-gradient, over all that is learned."""
     weight_decay: float = Field(0.0, ge=0)
+    """Of the model's parameters; those that the algorithm itself learns are never decayed."""
+
+    @model_validator(mode="after")
+    def _no_field_without_effect(self) -> OuterConfig:
+        foreign = ("beta1", "beta2", "eps") if self.optimizer == "sgd" else ("momentum", "nesterov")
+        for name in foreign:
+            given = getattr(self, name)
+            if given != type(self).model_fields[name].default:
+                raise ValueError(
+                    f"outer.{name}: {given!r} given, but {self.optimizer!r} has no {name}; remove it or change outer.optimizer"
+                )
+        if self.nesterov and self.momentum == 0:
+            raise ValueError(
+                "outer.nesterov: True given, but it needs momentum; set outer.momentum, for example to 0.9"
+            )
+        return self
+
+
+class WarmStartConfig(Section):
+    """Meta-parameters to begin with, in place of random ones."""
+
+    path: str | None = None
+    """A run directory (its best checkpoint), a checkpoint folder, or a `.safetensors` file: a path or `file://` URL."""
+    skip: list[str] = Field(default_factory=list)
+    """Names, or leading parts of names (`head` is that of `head.weight`), of tensors that keep their initial values."""
+
+    @model_validator(mode="after")
+    def _skips_something(self) -> WarmStartConfig:
+        if self.skip and self.path is None:
+            raise ValueError(f"warm_start.skip: {self.skip!r} given without warm_start.path; add the path or remove it")
+        return self
 
 
 class RunConfig(Section):
@@ -151,6 +139,8 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(50, ge=1)
     """Meta-steps."""
+    give_up_after: int = Field(10, ge=1)
+    """Skipped meta-steps in a row that end the run; a step is skipped when more than half of its tasks are excluded."""
     keep: int = Field(3, ge=1)
     """Newest checkpoints kept, besides the best by validation."""
     backend: Literal["ray", "local"] = "ray"
@@ -191,7 +181,10 @@ class ExperimentConfig(Section):
     data: DataConfig = DataConfig()
     model: ModelConfig = Conv4Config()
     algorithm: AlgorithmConfig = IMAMLConfig()
+    loss: str = Field("cross_entropy", pattern=r"^(cross_entropy|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """Or a function of one's own, `package.module:function`: `(outputs [T, n, N], labels [T, n]) -> [T]`."""
     outer: OuterConfig = OuterConfig()
+    warm_start: WarmStartConfig = WarmStartConfig()
     run: RunConfig = RunConfig()
     # `validate` is a method name of pydantic's own base class, hence the alias.
     validation: ValidateConfig = Field(ValidateConfig(), alias="validate")
@@ -201,23 +194,7 @@ class ExperimentConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _preset(cls, raw: Any) -> Any:
-        """Fill what a preset says and the user does not."""
-        algorithm = raw.get("algorithm") if isinstance(raw, dict) else None
-        if not (isinstance(algorithm, dict) and algorithm.get("preset") == "paper"):
-            return raw
-        data, outer = raw.get("data") or {}, raw.get("outer") or {}
-        inner, solver = algorithm.get("inner") or {}, algorithm.get("solver") or {}
-        if not all(isinstance(section, dict) for section in (data, outer, inner, solver)):
-            return raw
-        way = data.get("way", 5)
-        steps = 25 if isinstance(way, int) and way >= 20 else 16
-        filled = {
-            "lam": 2.0,
-            **algorithm,
-            "inner": {"lr": 0.1, "steps": steps, **inner},
-            "solver": {"operator": "hessian", "max_iterations": 5, **solver},
-        }
-        return {**raw, "algorithm": filled, "outer": {"optimizer": "adam", "lr": 1.0e-3, **outer}}
+        return fill_preset(raw) if isinstance(raw, dict) else raw
 
     @model_validator(mode="after")
     def _whole_chunks(self) -> ExperimentConfig:

@@ -48,8 +48,8 @@ def hessian_operator(objective: Objective, at: Tensor) -> Matvec:
     return product
 
 
-def gauss_newton_operator(predict: Callable[[Tensor], Tensor], loss: Objective, at: Tensor) -> Matvec:
-    """Products with each task's generalised Gauss-Newton matrix, `v_t -> J_t' S_t J_t v_t`.
+class GaussNewton:
+    """Each task's generalised Gauss-Newton matrix `J'S J`, as products and as factors.
 
     `J = d predict / d phi` and `S = d^2 loss / d output^2`. With a loss that is convex in the outputs (cross entropy,
     squared error) the matrix is positive semi-definite, also where the Hessian is not. It equals the Hessian without
@@ -57,30 +57,125 @@ def gauss_newton_operator(predict: Callable[[Tensor], Tensor], loss: Objective, 
     is linear or the loss gradient at the outputs vanishes.
 
     `J v` comes from differentiating `w -> J'w`, which is linear in `w`, so only reverse mode is needed. Cost: a
-    forward and a differentiable backward pass now; about a forward (tangent) and a backward pass for each product.
+    forward and a differentiable backward pass at the first product; about a forward (tangent) and a backward pass for each.
 
     Args:
-        predict: parameters `[T, P]` -> outputs `[T, ...]`; row t of the outputs depends on row t only.
-        loss: outputs `[T, ...]` -> losses `[T]`, twice differentiable.
+        predict: parameters `[T, P]` -> outputs `[T, n, ...]`; row t of the outputs depends on row t only.
+        loss: outputs `[T, n, ...]` -> losses `[T]`, twice differentiable.
         at: `[T, P]`, the point phi; not modified.
-
-    Returns:
-        A matvec over `[T, P]`.
+        predict_each: parameters `[T n, P]` -> outputs `[T n, ...]`, each sample under parameters of its own, task by task, if
+            samples do not depend on each other: one backward pass then gives a row of the Jacobian for every sample.
 
     Source: Schraudolph, "Fast curvature matrix-vector products" (2002); Martens (2010).
     """
-    with torch.enable_grad():
-        point = at.detach().requires_grad_(True)
-        outputs = predict(point)
-        cotangent = torch.zeros_like(outputs, requires_grad=True)
-        (pullback,) = torch.autograd.grad(outputs, point, cotangent, create_graph=True, materialize_grads=True)
-    output_hessian = hessian_operator(loss, outputs)
 
-    def product(v: Tensor) -> Tensor:
-        (tangent,) = torch.autograd.grad(pullback, cotangent, v, retain_graph=True, materialize_grads=True)
-        (product,) = torch.autograd.grad(
-            outputs, point, output_hessian(tangent), retain_graph=True, materialize_grads=True
-        )
+    def __init__(
+        self,
+        predict: Callable[[Tensor], Tensor],
+        loss: Objective,
+        at: Tensor,
+        predict_each: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        self._predict, self._loss, self._at, self._predict_each = predict, loss, at.detach(), predict_each
+        self._product: Matvec | None = None
+
+    def __call__(self, v: Tensor) -> Tensor:
+        """`J'S J v`: `[T, P] -> [T, P]`."""
+        if self._product is None:
+            self._product = self._linearised()
+        return self._product(v)
+
+    def factors(self, max_bytes: int = 4 << 30) -> tuple[Tensor, Tensor]:
+        """`(F [T, r, P], d [T, r])` with `J'S J = F' diag(d) F`, where `S = V diag(d) V'` and `F = V'J`.
+
+        Eigenvalues of S that are zero in rounding for all tasks are left out: for cross entropy one per sample, since a
+        constant added to all logits changes nothing, so `r = n (N - 1)`. Cost: `N - 1` backward passes through n copies of
+        the parameters a task where samples are independent, else r backward passes. nan where outputs are not finite.
+
+        Raises:
+            ValueError: F would be larger than `max_bytes`.
+        """
+        with torch.no_grad():
+            outputs = self._predict(self._at)
+        tasks, n = outputs.shape[:2]
+        s = self._output_hessian(outputs)
+        size, each = s.shape[-1], s.shape[-1] // n
+        blocks = s.reshape(tasks, n, each, n, each)
+        diagonal = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
+        # A broken task must not change how the others are computed.
+        apart = (blocks == _block_diagonal(diagonal)) | ~s.isfinite().flatten(1).all(-1).reshape(-1, 1, 1, 1, 1)
+        separate = self._predict_each is not None and bool(apart.all())
+        d, v = _spectrum(diagonal.reshape(-1, each, each) if separate else s)
+        rank = d.shape[-1] * (n if separate else 1)
+        if tasks * rank * self._at.shape[1] * self._at.element_size() > max_bytes:
+            raise ValueError(
+                f"the Jacobian of {tasks} tasks with {size} outputs and {self._at.shape[1]} parameters is larger than "
+                f"{max_bytes / 2**30:.1f} GiB; use an iterative solver, or a smaller chunk"
+            )
+        if separate:
+            assert self._predict_each is not None
+            rows = _rows(self._predict_each, self._at.repeat_interleave(n, 0), v)
+        else:
+            rows = _rows(self._predict, self._at, v)
+        return rows.reshape(tasks, rank, -1), d.reshape(tasks, rank)
+
+    def _output_hessian(self, outputs: Tensor) -> Tensor:
+        """S `[T, m, m]`."""
+        products, m = hessian_operator(self._loss, outputs), outputs[0].numel()
+        identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device).reshape(m, 1, *outputs.shape[1:])
+        return torch.stack([products(row.expand_as(outputs)).flatten(1) for row in identity], dim=-1)
+
+    def _linearised(self) -> Matvec:
+        with torch.enable_grad():
+            point = self._at.clone().requires_grad_(True)
+            outputs = self._predict(point)
+            cotangent = torch.zeros_like(outputs, requires_grad=True)
+            (pullback,) = torch.autograd.grad(outputs, point, cotangent, create_graph=True, materialize_grads=True)
+        output_hessian = hessian_operator(self._loss, outputs)
+
+        def product(v: Tensor) -> Tensor:
+            (tangent,) = torch.autograd.grad(pullback, cotangent, v, retain_graph=True, materialize_grads=True)
+            (result,) = torch.autograd.grad(
+                outputs, point, output_hessian(tangent), retain_graph=True, materialize_grads=True
+            )
+            return result
+
         return product
 
-    return product
+
+def _rows(predict: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Tensor:
+    """`V'J`: for every column of `v` `[B, m, r]` the gradient of outputs `[B, m]` along it, `[B, r, P]`."""
+    with torch.enable_grad():
+        point = at.clone().requires_grad_(True)
+        outputs = predict(point).flatten(1)
+    columns = [
+        torch.autograd.grad(outputs, point, v[..., k], retain_graph=True, materialize_grads=True)[0]
+        for k in range(v.shape[-1])
+    ]
+    return torch.stack(columns, dim=1)
+
+
+def _spectrum(s: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[B, r]` and eigenvectors `[B, m, r]` of `[B, m, m]`, without those that are zero for all; nan where s is not finite."""
+    finite = s.isfinite().flatten(1).all(-1)
+    d, v = torch.linalg.eigh(torch.where(finite[:, None, None], s, torch.zeros_like(s)))
+    size = d.abs().amax(-1, keepdim=True)
+    kept = (d.abs() > size * s.shape[-1] * torch.finfo(s.dtype).eps).any(0)
+    kept[-1] = True  # where all is zero there is still one row
+    return torch.where(finite[:, None], d, torch.nan)[:, kept], v[..., kept]
+
+
+def _block_diagonal(blocks: Tensor) -> Tensor:
+    """`[T, n, c, c]` -> `[T, n, c, n, c]`, zero off the diagonal."""
+    identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
+    return blocks[:, :, :, None, :] * identity[:, None, :, None]
+
+
+def gauss_newton_operator(
+    predict: Callable[[Tensor], Tensor],
+    loss: Objective,
+    at: Tensor,
+    predict_each: Callable[[Tensor], Tensor] | None = None,
+) -> GaussNewton:
+    """Products with each task's Gauss-Newton matrix; see `GaussNewton` for the arguments."""
+    return GaussNewton(predict, loss, at, predict_each)

@@ -28,6 +28,15 @@ DIVERGENCE_FACTOR = 10.0
 """An inner solve diverged when its objective rose above this multiple of its starting value (plus as much again)."""
 
 
+def all_finite(x: Tensor) -> Tensor:
+    """Which rows of `[T, P]` hold finite numbers only, `[T]` bool.
+
+    A sum keeps every nan and infinity, and costs a fraction of looking at each number. A row whose sum itself leaves the
+    range of its type counts as not finite.
+    """
+    return x.sum(-1, dtype=torch.promote_types(x.dtype, torch.float32)).isfinite()
+
+
 def inner_outcome(start: Tensor, end: Tensor) -> Tensor:
     """`TaskOutcome` codes `[T]` of inner solves from their objective at the start and at the end, both `[T]`."""
     diverged = end > DIVERGENCE_FACTOR * (1.0 + start.abs())

@@ -12,6 +12,9 @@ from imaml_dist.data.records import Images
 from imaml_dist.errors import ConfigError
 from imaml_dist.tasks.episode import EpisodeBatch
 
+DROPOUT = 1
+"""Sub-stream of a task from which its dropout masks follow; 0 draws the episode."""
+
 DOMAINS = {"train": Domain.TRAIN, "val": Domain.VAL, "test": Domain.TEST}
 
 
@@ -104,7 +107,12 @@ class EpisodeSource:
             query_x=_pixels(query),
             query_y=self._labels(len(tasks), self._query),
             index=torch.tensor(list(tasks), dtype=torch.int64),
+            key=torch.tensor([self._key(step, task) for task in tasks], dtype=torch.int64),
         )
+
+    def _key(self, step: int, task: int) -> int:
+        """63 bits of the task's own word for dropout masks."""
+        return Stream(self._seed, DOMAINS[self._split], step, task, ordinal=DROPOUT).u64() >> 1
 
     def _labels(self, tasks: int, per_class: int) -> Tensor:
         return torch.arange(self._way).repeat_interleave(per_class).repeat(tasks, 1)

@@ -8,18 +8,17 @@ import torch
 from torch import nn
 
 from imaml_dist.algorithms.learner import Execution, MetaLearner
-from imaml_dist.algorithms.records import FOMAML, IMAML, Algorithm, ConjugateGradient, GradientDescent
+from imaml_dist.algorithms.problem import Loss, cross_entropy
 from imaml_dist.config.schema import (
-    AlgorithmConfig,
     Conv4Config,
     ExperimentConfig,
-    IMAMLConfig,
     MLPConfig,
     ModelConfig,
     UserModelConfig,
 )
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import EpisodeSource
+from imaml_dist.distributed.build_algorithm import make_algorithm
 from imaml_dist.errors import ConfigError
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
@@ -86,31 +85,35 @@ def _from_factory(model: UserModelConfig, image_shape: tuple[int, int, int], way
     return made
 
 
-def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm's record."""
-    inner = GradientDescent(lr=config.inner.lr, steps=config.inner.steps)
-    if not isinstance(config, IMAMLConfig):
-        return FOMAML(inner)
-    solver = ConjugateGradient(
-        max_iterations=config.solver.max_iterations,
-        operator=config.solver.operator,
-        rtol=config.solver.rtol,
-        damping=config.solver.damping,
-        on_negative_curvature=config.solver.on_negative_curvature,
-    )
-    return IMAML(lam=config.lam, inner=inner, solver=solver)
+def make_loss(name: str) -> Loss:
+    """Cross entropy, or a user's own function.
+
+    Raises:
+        ConfigError: it cannot be imported.
+    """
+    if name == "cross_entropy":
+        return cross_entropy
+    module_name, _, function = name.partition(":")
+    try:
+        loss: Loss = getattr(importlib.import_module(module_name), function)
+    except Exception as error:  # it is the user's code, and may raise anything
+        raise ConfigError(
+            f"loss: {name!r} cannot be imported ({type(error).__name__}: {error}); it must be a function of outputs [T, n, N] and "
+            "labels [T, n] that returns the loss of each task [T]"
+        ) from error
+    return loss
 
 
 def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
     """The learner at its initial meta-parameters, on the run's device.
 
     Raises:
-        ConfigError: see `make_model`.
+        ConfigError: see `make_model` and `make_loss`.
         ModelError: the network cannot be meta-trained.
     """
     model = make_model(config.model, image_shape, config.data.way, config.run.seed).to(config.run.device)
     execution: Execution = "loop" if config.run.execution == "loop" else "vmap"
-    return MetaLearner(model, make_algorithm(config.algorithm), execution=execution)
+    return MetaLearner(model, make_algorithm(config.algorithm), make_loss(config.loss), execution)
 
 
 def make_source(config: ExperimentConfig, dataset: Dataset, split: str) -> EpisodeSource:

@@ -16,9 +16,9 @@ from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.reduction import Group, first_rank_decides, gather_chunks
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.training import checkpoints
-from imaml_dist.training.evaluation import TASKS_AT_ONCE, Evaluation, predict_queries, task_accuracies
+from imaml_dist.training.evaluation import TASKS_AT_ONCE, WAYS, Evaluation, predict_queries, task_accuracies
+from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
-from imaml_dist.training.state import load_model
 
 
 def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, tasks: int) -> Evaluation:
@@ -26,18 +26,21 @@ def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, task
     device = next(learner.model.parameters()).device
     chunks = chunks_of(tasks, TASKS_AT_ONCE)
     dealt = dealt_to(group.rank, group.world, len(chunks))
-    mine = torch.zeros(len(dealt), TASKS_AT_ONCE, dtype=torch.float64)
+    mine = torch.zeros(len(dealt), TASKS_AT_ONCE, WAYS, dtype=torch.float64)
     for row, number in enumerate(dealt):
         accuracies = task_accuracies(learner, source.episodes(0, chunks[number]).to(device))
         mine[row, : len(accuracies)] = accuracies.cpu()
     rows = gather_chunks(group, mine, len(chunks)).tolist()
-    return Evaluation.of([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
+    return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 
 
 def meta_test(
     config: ExperimentConfig, run: RunDirectory, group: Group, dataset: Dataset, split: str = "test"
 ) -> dict[str, Any] | None:
     """Evaluate the best checkpoint beside the same network without meta-training, adapted the same way.
+
+    "Without meta-training" is the plain initial network of the seed, with the algorithm's own parameters as configured,
+    also in a run that began with a warm start.
 
     Rank 0 writes the result to `evaluation.json`, with one episode and its predictions for people to look at.
 
@@ -55,7 +58,7 @@ def meta_test(
     # Rank 0 chooses, for it alone knows that what it has written is whole.
     step = first_rank_decides(group, run.best_checkpoint)
     tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
-    load_model(trained.model, tensors)
+    meta_parameters(trained).load(tensors)
     results = []
     for learner in (untrained, trained):
         if first_rank_decides(group, lambda: int(run.stop_file.exists())):
@@ -69,8 +72,8 @@ def meta_test(
         "query": config.evaluate.query,
         "tasks": config.evaluate.tasks,
         "step": step,
-        "trained": vars(after),
-        "untrained": vars(before),
+        "trained": after.to_dict(),
+        "untrained": before.to_dict(),
     }
     if group.rank == 0:
         episodes = source.episodes(0, range(1)).to(config.run.device)
@@ -82,8 +85,8 @@ def meta_test(
             "support_labels": episodes.support_y[0].tolist(),
             "query": _pixels(episodes.query_x[0]),
             "query_labels": episodes.query_y[0].tolist(),
-            "predictions": predict_queries(trained, episodes)[0].tolist(),
-            "untrained_predictions": predict_queries(untrained, episodes)[0].tolist(),
+            "predictions": predict_queries(trained, episodes).transductive[0].tolist(),
+            "untrained_predictions": predict_queries(untrained, episodes).transductive[0].tolist(),
         }
         run.write_json(run.evaluation_file, result)
     return result

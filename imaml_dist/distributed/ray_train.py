@@ -55,7 +55,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
     trainer = TorchTrainer(
         _worker,
         train_loop_config={
-            "config": config.model_dump(by_alias=True) | {"data": _absolute(config)},
+            "config": config.model_dump(by_alias=True) | _absolute(config),
             "run": str(run.path.resolve()),
             "import_path": os.getcwd(),
         },
@@ -109,5 +109,8 @@ def _worker(payload: dict[str, Any]) -> int:
 
 
 def _absolute(config: ExperimentConfig) -> dict[str, Any]:
-    """The data section with a path that means the same in every working directory."""
-    return config.data.model_dump() | {"url": str(local_path(config.data.url).resolve())}
+    """The sections that hold paths, with paths that mean the same in every working directory."""
+    data, warm = config.data.model_dump(), config.warm_start.model_dump()
+    if config.warm_start.path is not None:
+        warm |= {"path": str(local_path(config.warm_start.path).resolve())}
+    return {"data": data | {"url": str(local_path(config.data.url).resolve())}, "warm_start": warm}

@@ -6,17 +6,16 @@ rank, solve for their meta-gradients, sum over all ranks, step. Rank 0 writes me
 
 from __future__ import annotations
 
-import math
 import os
 import time
-from collections import Counter
 from contextlib import ExitStack
 from enum import IntEnum
 
 import torch
 from torch import Tensor
 
-from imaml_dist.algorithms.learner import NO_SOLVE, MetaLearner, TaskRecord
+from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
@@ -25,17 +24,14 @@ from imaml_dist.distributed.build import make_deterministic, make_learner, make_
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
 from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, first_rank_decides, gather_chunks, tree_sum
-from imaml_dist.errors import StorageError, TrainingError
+from imaml_dist.errors import CheckpointError, StorageError, TrainingError
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
-from imaml_dist.training import checkpoints
-from imaml_dist.training.outer import clip_norm, learning_rate, make_optimizer
+from imaml_dist.training import checkpoints, warm_start
+from imaml_dist.training.meta_parameters import meta_parameters
+from imaml_dist.training.outer import clip_norm, is_usable, learning_rate, make_optimizer
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import Best, MetaState, sha256_of
-
-GIVE_UP_AFTER = 10
-"""Meta-steps in a row without a single usable task, after which training gives up."""
-
 
 WRITER_WAIT_S = 60.0
 """How long to wait for the workers of a killed driver to be gone: Ray ends them, but not at once."""
@@ -66,7 +62,8 @@ class Worker:
         self.train_source = make_source(config, self.dataset, "train")
         self.val_source = make_source(config, self.dataset, "val") if config.validation.tasks else None
         self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
-        self.state = MetaState(self.learner.model, make_optimizer(self.learner.model, config.outer))
+        learned = meta_parameters(self.learner)
+        self.state = MetaState(learned, make_optimizer(learned, config.outer))
         self.chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
 
     def run_to_end(self) -> Stop:
@@ -75,9 +72,10 @@ class Worker:
         The final state is in the newest checkpoint, the result of the meta-test in `evaluation.json`.
 
         Raises:
-            TrainingError: too many steps in a row had no usable task.
+            TrainingError: too many steps in a row were skipped.
             StorageError: a checkpoint cannot be written, or other workers still write into the run directory.
-            CheckpointError: no checkpoint of an earlier start verifies.
+            CheckpointError: no checkpoint of an earlier start verifies, or the warm start does not fit.
+            ConfigError: there is nothing to begin a warm start with.
         """
         with ExitStack() as stack:
             if self.group.rank == 0 and not stack.enter_context(exclusive(self.run.writer_lock, WRITER_WAIT_S)):
@@ -105,11 +103,14 @@ class Worker:
         return stop
 
     def _resume(self) -> None:
-        """Take over the newest checkpoint that verifies, and make sure that all ranks begin alike."""
+        """Take over the newest checkpoint that verifies, else the warm start, and make sure that all ranks begin alike."""
         rejected: list[str] = []
+        warm: str | None = None
         found = first_rank_decides(self.group, lambda: self._newest_checkpoint(rejected))
         if found > 0:
             self.state.restore(*checkpoints.load(checkpoints.path_of(self.run.checkpoints, found)))
+        elif self.config.warm_start.path is not None:
+            warm = self._warm_start(self.config.warm_start.path)
         digest = int(sha256_of(self.state.tensors())[:15], 16)
         begun = self.group.gather(torch.tensor([os.getpid(), digest], dtype=torch.int64))
         if len({int(b[1]) for b in begun}) > 1:
@@ -122,7 +123,23 @@ class Worker:
             checkpoints.set_aside_after(self.run.checkpoints, found)
             metrics_file.rewind(self.run.metrics_file, self.state.step)
             facts = {"step": self.state.step, "world_size": self.group.world, "pids": [int(b[0]) for b in begun]}
-            self.run.record_start(facts | ({"rejected": rejected} if rejected else {}))
+            facts |= {"rejected": rejected} if rejected else {}
+            facts |= {"warm_start": {"path": self.config.warm_start.path, "sha256": warm}} if warm else {}
+            self.run.record_start(facts)
+
+    def _warm_start(self, path: str) -> str:
+        """Begin with the model of another run: every rank reads it for itself, and must read what rank 0 reads."""
+
+        def read() -> str:
+            return warm_start.load_into(self.learner.model, path, self.config.warm_start.skip)
+
+        expected, digest = first_rank_decides(self.group, lambda: int(read()[:15], 16)), read()
+        if int(digest[:15], 16) != expected:
+            raise CheckpointError(
+                f"warm_start.path: {path} is not the same for all workers; put it on storage that they share, "
+                "and let no run write to it"
+            )
+        return digest
 
     def _newest_checkpoint(self, rejected: list[str]) -> int:
         loaded = checkpoints.load_newest(self.run.checkpoints, rejected.append)
@@ -159,7 +176,7 @@ class Worker:
             rows.append(out.tasks.to_rows())
 
         reduce = time.perf_counter()
-        size = self.learner.functional.layout.size
+        size = self.state.parameters.layout.size
         device, count = self.config.run.device, len(self.chunks)
         dtype = next(self.learner.model.parameters()).dtype
         mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=device, dtype=dtype)
@@ -174,18 +191,20 @@ class Worker:
         seconds["reduce"] = time.perf_counter() - reduce
 
         outer = time.perf_counter()
-        accepted = int((tasks.outcome == int(TaskOutcome.OK)).sum())
-        rate = learning_rate(self.config.outer, step, self.config.run.steps)
-        norm = self._apply(total, accepted, rate)
+        rate = learning_rate(self.config.outer, self.state.updates, self.config.run.steps)
+        norm = self._apply(total, tasks, rate)
         self.state.ledger.commit(step, [int(code) for code in tasks.outcome.tolist()])
+        self._give_up_if_stuck()
         seconds["outer"] = time.perf_counter() - outer
         elapsed = time.perf_counter() - clock
         return {
             "step": step,
             "time": time.time(),
             **_task_metrics(tasks),
+            **self.state.parameters.describe(),
             "grad_norm": norm,
             "step_skipped": int(self.state.skipped_in_a_row > 0),
+            "updates": self.state.updates,
             "lr": rate,
             "tasks_per_second": len(tasks.outcome) / elapsed,
             "seconds_step": elapsed,
@@ -193,30 +212,26 @@ class Worker:
             "world_size": self.group.world,
         }
 
-    def _apply(self, total: Tensor, accepted: int, rate: float) -> float:
-        """Step the meta-parameters with the mean gradient; a step without a usable task changes nothing."""
-        norm = float("nan")
-        usable = accepted > 0
-        if usable:
-            gradient, norm = clip_norm(total / accepted, self.config.outer.clip)
-            usable = math.isfinite(norm)
-        self.state.skipped_in_a_row = 0 if usable else self.state.skipped_in_a_row + 1
-        if self.state.skipped_in_a_row >= GIVE_UP_AFTER:
-            codes = Counter(TaskOutcome(code).name for _, _, code in self.state.ledger.excluded)
+    def _apply(self, total: Tensor, tasks: TaskRecord, rate: float) -> float:
+        """Step with the mean gradient of the accepted tasks, or skip the step: every rank decides alike, from equal facts."""
+        accepted = int((tasks.outcome == int(TaskOutcome.OK)).sum())
+        gradient, norm = clip_norm(total / max(1, accepted), self.config.outer.clip)
+        if is_usable(accepted, len(tasks.outcome), norm):
+            self.state.apply(gradient, rate)
+        else:
+            self.state.skip()
+        return norm if accepted else float("nan")
+
+    def _give_up_if_stuck(self) -> None:
+        skipped = self.state.skipped_in_a_row
+        if skipped >= self.config.run.give_up_after:
+            ended = ", ".join(f"{n} {name}" for name, n in self.state.ledger.outcomes_of_last(skipped).items())
             newest = max(checkpoints.steps(self.run.checkpoints), default=None)
             raise TrainingError(
-                f"{GIVE_UP_AFTER} meta-steps in a row had no usable task (excluded so far: {dict(codes)}); the last good "
-                f"checkpoint is of step {newest}; try a smaller algorithm.inner.lr or outer.lr"
+                f"{skipped} meta-steps in a row were skipped, because more than half of their tasks were excluded or the gradient "
+                f"was not finite (their tasks ended {ended}); the last good checkpoint is of step {newest}; try a smaller "
+                "algorithm.inner.lr or outer.lr, or a larger run.give_up_after"
             )
-        if usable:
-            named = self.learner.functional.layout.unflatten(gradient)
-            for name, parameter in self.learner.model.named_parameters():
-                if name in named:
-                    parameter.grad = named[name]
-            for group in self.state.optimizer.param_groups:
-                group["lr"] = rate
-            self.state.optimizer.step()
-        return norm
 
     def _validate(self, record: metrics_file.Record) -> None:
         """Add the validation accuracy to the record, and note the step if it is the best so far."""
@@ -224,6 +239,8 @@ class Worker:
             return
         result = shared_accuracy(self.group, self.learner, self.val_source, self.config.validation.tasks)
         record |= {"val_accuracy": result.mean, "val_ci95": result.ci95}
+        if result.inductive is not None:
+            record |= {"val_accuracy_inductive": result.inductive.mean, "val_ci95_inductive": result.inductive.ci95}
         if result.mean > self.state.best.accuracy:
             self.state.best = Best(self.state.step, result.mean)
 

@@ -24,11 +24,15 @@ PHASES = ("data", "inner", "solve", "reduce", "outer")
 
 @dataclass(frozen=True)
 class Accuracy:
-    """A mean accuracy over tasks with the half-width of its 95% interval, and its tasks where they are known."""
+    """A mean accuracy over tasks with the half-width of its 95% interval, and its tasks where they are known.
+
+    `inductive` is the same with every query image classified alone; None where that was not measured.
+    """
 
     mean: float
     ci95: float
     tasks: NDArray[np.float64]
+    inductive: Accuracy | None = None
 
 
 @dataclass(frozen=True)
@@ -120,25 +124,28 @@ def read_headline(summary: dict[str, Any] | None, config: Path) -> dict[str, Any
 def read_accuracy(
     run: Path, summary: dict[str, Any] | None, evaluation: dict[str, Any] | None, who: str
 ) -> Accuracy | None:
-    """From evaluation.json if it is there, else from summary.json.
+    """Transductive, with the inductive one inside; from evaluation.json if it is there, else from summary.json.
 
     Raises:
         InputError: not a number.
     """
     part = part_of(evaluation, who)
-    mean, ci95 = part.get("mean"), part.get("ci95")
-    if mean is None and summary is not None:
-        keys = ("test_accuracy", "ci95") if who == "trained" else ("untrained_accuracy", "untrained_ci95")
-        mean, ci95 = (summary.get(key) for key in keys)
-    if mean is None:
-        return None
+    keys = ("test_accuracy", "ci95") if who == "trained" else ("untrained_accuracy", "untrained_ci95")
     try:
-        tasks = np.asarray(part.get("per_task") or [], dtype=np.float64).reshape(-1)
-        return Accuracy(float(mean), float(ci95 or 0.0), tasks[np.isfinite(tasks)])
+        alone = _accuracy(part_of(part, "inductive"), [(summary or {}).get(f"{key}_inductive") for key in keys])
+        return _accuracy(part, [(summary or {}).get(key) for key in keys], alone)
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{run}: the {who} accuracy is not made of numbers ({error}); evaluate the run again"
         ) from error
+
+
+def _accuracy(part: dict[str, Any], summarised: list[Any], inductive: Accuracy | None = None) -> Accuracy | None:
+    mean, ci95 = summarised if part.get("mean") is None else (part["mean"], part.get("ci95"))
+    if mean is None:
+        return None
+    tasks = np.asarray(part.get("per_task") or [], dtype=np.float64).reshape(-1)
+    return Accuracy(float(mean), float(ci95 or 0.0), tasks[np.isfinite(tasks)], inductive)
 
 
 def best_step(summary: dict[str, Any] | None, records: list[dict[str, Any]]) -> int | None:

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from imaml_dist.errors import InputError
 from imaml_dist.reporting import drawing, figures
+from imaml_dist.reporting.learned import COLOURS, learned_curves, read_learned
 from imaml_dist.reporting.reading import (
     Accuracy,
     Episode,
@@ -74,6 +75,7 @@ def write_report(run: Path) -> Path:
         histogram=_histogram(trained, untrained, head["way"], evaluation),
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
         outcomes=_outcomes(records),
+        learned=_learned(records),
         episode=_episode(read_episode(run / "evaluation.json", evaluation)),
         time=_time(records),
         facts=_facts(summary, records, head),
@@ -135,6 +137,14 @@ def _outcomes(records: list[dict[str, Any]]) -> Markup | None:
     return _draw(figures.solve_outcomes(steps, shares), "outcomes") if len(steps) else None
 
 
+def _learned(records: list[dict[str, Any]]) -> dict[str, Any] | None:
+    found = read_learned(records)
+    if not found:
+        return None
+    ends = ", ".join(f"{one.name} {one.median[-1]:.3g}" for one in found[: len(COLOURS)])
+    return {"figure": _draw(learned_curves(found), "learned"), "ends": ends, "left_out": len(found[len(COLOURS) :])}
+
+
 def _episode(episode: Episode | None) -> dict[str, Any] | None:
     if episode is None:
         return None
@@ -186,12 +196,15 @@ def _facts(
         ("world size", str(done.get("world_size", records[-1].get("world_size", "–") if records else "–"))),
         ("restarts", str(done.get("restarts", "–"))),
         ("excluded tasks", str(excluded)),
+        ("skipped steps", str(done.get("skipped_steps", int(drawing.series(records, "step_skipped")[1].sum())))),
         ("best step", str(done.get("best_step", "–"))),
         ("test tasks", str(done.get("tasks_evaluated", "–"))),
         ("params_sha256", str(done.get("params_sha256", "–"))),
         ("data fingerprint", str(part_of(summary, "dataset").get("fingerprint", "–"))),
         ("MLflow run", f"{tracked.get('run_id', '–')} at {tracked.get('uri', '–')}" if tracked else "–"),
     ]
+    if warm := part_of(summary, "warm_start"):
+        facts.append(("warm start", f"{warm.get('path', '–')}, sha256 {warm.get('sha256', '–')}"))
     return [(label, "–" if value == "None" else value) for label, value in facts]
 
 

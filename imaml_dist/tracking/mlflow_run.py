@@ -27,6 +27,7 @@ NAMES = {
     "grad_norm": "meta/grad_norm",
     "cosine": "meta/cosine_to_first_order",
     "lr": "meta/lr",
+    "updates": "meta/updates",
     "support_loss": "inner/loss_support",
     "stationarity": "inner/stationarity",
     "distance": "inner/distance",
@@ -34,10 +35,12 @@ NAMES = {
     "cg_iterations": "cg/iterations",
     "val_accuracy": "val/accuracy",
     "val_ci95": "val/accuracy_ci95",
+    "val_accuracy_inductive": "val/accuracy_inductive",
+    "val_ci95_inductive": "val/accuracy_inductive_ci95",
     "tasks_per_second": "tasks_per_second",
     "world_size": "world_size",
 }
-"""Names in MLflow. Others: `seconds_x` -> `time/x`, `cg_x` -> `outcome/cg_x`, `accepted`, `excluded*` -> `outcome/...`."""
+"""Names in MLflow. Others: `seconds_x` -> `time/x`, `algorithm_x` -> `algorithm/x`, all else -> `outcome/...`."""
 
 _BATCH = 1000
 _NOT_IN_NAMES = re.compile(r"[^\w./ :-]")
@@ -255,4 +258,7 @@ def _metrics(record: Record) -> list[Any]:
 def _name(key: str) -> str:
     if key in NAMES:
         return NAMES[key]
-    return f"time/{key.removeprefix('seconds_')}" if key.startswith("seconds_") else f"outcome/{key}"
+    for prefix, group in (("seconds_", "time/"), ("algorithm_", "algorithm/")):
+        if key.startswith(prefix):
+            return _NOT_IN_NAMES.sub("_", group + key.removeprefix(prefix))
+    return f"outcome/{key}"

@@ -7,6 +7,7 @@ sha256 over every task's outcome tells whether two runs committed the same; excl
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,6 +43,13 @@ class Ledger:
         self.steps += 1
         self.tasks += len(outcomes)
         self.excluded += [[step, task, code] for task, code in enumerate(outcomes) if code != TaskOutcome.OK]
+
+    def outcomes_of_last(self, steps: int) -> dict[str, int]:
+        """How many tasks of the last `steps` committed meta-steps ended in which way; all steps hold equally many."""
+        codes = [TaskOutcome(code) for step, _, code in self.excluded if step >= self.steps - steps]
+        accepted = self.tasks // self.steps * steps - len(codes) if self.steps else 0
+        counts = Counter(codes) + Counter({TaskOutcome.OK: accepted})
+        return {code.name: counts[code] for code in sorted(counts)}
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""

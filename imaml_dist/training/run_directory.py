@@ -22,6 +22,7 @@ RESUMABLE = (
     "run.backend",
     "run.checkpoint_every",
     "run.keep",
+    "run.give_up_after",
     "validate.every",
     "evaluate",
     "tracking",

@@ -7,10 +7,12 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from imaml_dist.errors import CheckpointError
 from imaml_dist.training.ledger import Ledger
+from imaml_dist.training.meta_parameters import MetaParameters
+from imaml_dist.training.outer import set_rate
 
 
 @dataclass
@@ -23,13 +25,19 @@ class Best:
 
 @dataclass
 class MetaState:
-    """Meta-parameters, optimiser, ledger, best validation, seconds in the loop, and steps skipped just now in a row."""
+    """Meta-parameters, optimiser, ledger, best validation, seconds in the loop, and what became of the meta-steps.
 
-    model: nn.Module
+    Attributes:
+        updates: meta-steps that were applied; the others were skipped.
+        skipped_in_a_row: meta-steps skipped since the last one that was applied.
+    """
+
+    parameters: MetaParameters
     optimizer: torch.optim.Optimizer
     ledger: Ledger = field(default_factory=Ledger)
     best: Best = field(default_factory=Best)
     seconds: float = 0.0
+    updates: int = 0
     skipped_in_a_row: int = 0
 
     @property
@@ -37,9 +45,21 @@ class MetaState:
         """The next meta-step to do."""
         return self.ledger.steps
 
+    def apply(self, gradient: Tensor, rate: float) -> None:
+        """Step all parameters with the meta-gradient `[P + R]`."""
+        self.parameters.set_gradient(gradient)
+        set_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.updates += 1
+        self.skipped_in_a_row = 0
+
+    def skip(self) -> None:
+        """Count a meta-step that is not applied: parameters, optimiser and schedule stand still."""
+        self.skipped_in_a_row += 1
+
     def tensors(self) -> dict[str, Tensor]:
-        """`model.<name>` and `optimizer.<parameter number>.<name>`: copies on the CPU, tied weights under both names."""
-        named = {f"model.{name}": value for name, value in self.model.state_dict().items()}
+        """Those of the meta-parameters and `optimizer.<parameter number>.<name>`: copies on the CPU, tied weights twice."""
+        named = self.parameters.tensors()
         for number, slots in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{number}.{name}": value for name, value in slots.items() if isinstance(value, Tensor)}
         return {name: value.detach().to("cpu").contiguous().clone() for name, value in named.items()}
@@ -50,6 +70,7 @@ class MetaState:
             "ledger": self.ledger.to_dict(),
             "best": asdict(self.best),
             "seconds": self.seconds,
+            "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
         }
 
@@ -57,9 +78,9 @@ class MetaState:
         """Take over a saved state.
 
         Raises:
-            CheckpointError: names or shapes differ from this model's.
+            CheckpointError: names or shapes differ from this model's or this algorithm's.
         """
-        load_model(self.model, tensors)
+        self.parameters.load(tensors)
         try:
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():
@@ -68,28 +89,12 @@ class MetaState:
                     slots.setdefault(int(number), {})[slot] = value
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
             self.ledger, self.best = Ledger(**facts["ledger"]), Best(**facts["best"])
-            self.seconds, self.skipped_in_a_row = float(facts["seconds"]), int(facts["skipped_in_a_row"])
+            self.seconds, self.updates = float(facts["seconds"]), int(facts["updates"])
+            self.skipped_in_a_row = int(facts["skipped_in_a_row"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(
                 f"the checkpoint is of another version ({type(error).__name__}: {error}); start over with --fresh"
             ) from error
-
-
-def load_model(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Load the model's part of a saved state.
-
-    Raises:
-        CheckpointError: names, shapes or types differ from this model's.
-    """
-    saved = {name.removeprefix("model."): value for name, value in tensors.items() if name.startswith("model.")}
-    expected = {name: (tuple(value.shape), value.dtype) for name, value in model.state_dict().items()}
-    found = {name: (tuple(value.shape), value.dtype) for name, value in saved.items()}
-    if expected != found:
-        odd = min(n for n in expected.keys() | found.keys() if expected.get(n) != found.get(n))
-        said = {True: "has shape {} of {}", False: "does not exist{}{}"}
-        there, here = (said[odd in known].format(*known.get(odd, ("", ""))) for known in (found, expected))
-        raise CheckpointError(f"the checkpoint's {odd!r} {there}, this model's {here}; it belongs to another model")
-    model.load_state_dict(saved)
 
 
 def sha256_of(tensors: dict[str, Tensor]) -> str:

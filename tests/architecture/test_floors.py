@@ -36,7 +36,7 @@ VENDOR_ROOMS = {
     "jinja2": {"imaml_dist.reporting"},
     "ray": {"imaml_dist.distributed", "cluster"},
     "kubernetes": {"cluster"},
-    "pydantic": {"imaml_dist.config"},
+    "pydantic": {"imaml_dist.config", "imaml_dist.distributed"},
     "yaml": {"imaml_dist.config", "cluster"},
     "safetensors": {"imaml_dist.training"},
     "PIL": {"imaml_dist.data"},

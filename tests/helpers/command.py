@@ -36,12 +36,14 @@ class Command:
         if self.process.poll() is None:
             self.process.kill()
         self.wait(30)
-        deadline = time.monotonic() + 60
+        # Two of Ray's agents try for 60 s to report the end of a killed cluster to that cluster; then they end, too.
+        deadline = time.monotonic() + 150
         while (left := self.processes()) and time.monotonic() < deadline:
             time.sleep(0.2)
+        described = [_described(pid) for pid in left]
         for pid in left:
             os.kill(pid, signal.SIGKILL)
-        assert not left, f"processes were left behind: {left}"
+        assert not left, f"processes were left behind: {described}"
 
     def wait(self, timeout: float = 240) -> int:
         """Exit code, after reading all output."""
@@ -73,6 +75,17 @@ class Command:
                 if self.mark.encode() in environ and state != "Z":
                     found.append(int(entry.name))
         return found
+
+
+def _described(pid: int) -> str:
+    """What a process is and where it waits, for the message of a failure."""
+    parts = [str(pid)]
+    for name in ("cmdline", "wchan", "stat"):
+        try:
+            parts.append((Path("/proc") / str(pid) / name).read_text().replace("\0", " ").strip()[:200])
+        except OSError:
+            parts.append("-")
+    return " | ".join(parts)
 
 
 def imaml(*args: str, cwd: Path, timeout: float = 240, **env: str) -> tuple[int, str]:

@@ -6,6 +6,8 @@ import torch
 from helpers.algebra import spd
 from torch import Tensor
 
+from imaml_dist.core.curvature import gauss_newton_operator
+
 
 @dataclass(frozen=True)
 class Quadratics:
@@ -29,6 +31,17 @@ class Quadratics:
 
     def query_loss(self, phi: Tensor) -> Tensor:
         return 0.5 * ((phi - self.target) ** 2).sum(-1)
+
+    def to(self, dtype: torch.dtype) -> "Quadratics":
+        return Quadratics(self.hessian.to(dtype), self.linear.to(dtype), self.target.to(dtype))
+
+    def gauss_newton(self, at: Tensor):
+        """The same support loss as least squares, `1/2 ||L'phi - L^-1 b||^2` with `H = L L'`: its Gauss-Newton matrix is H."""
+        lower = torch.linalg.cholesky(self.hessian)
+        targets = torch.linalg.solve_triangular(lower, self.linear.unsqueeze(-1), upper=False).squeeze(-1)
+        return gauss_newton_operator(
+            lambda phi: torch.einsum("tji,tj->ti", lower, phi), lambda z: 0.5 * ((z - targets) ** 2).sum(-1), at
+        )
 
     def _system(self, lam: float) -> Tensor:
         return self.hessian + lam * torch.eye(self.linear.shape[1], dtype=torch.float64)
@@ -91,13 +104,40 @@ def dense_hessian(objective, at: Tensor) -> Tensor:
     return torch.stack(rows).reshape(tasks, size, size)
 
 
+def dense_gauss_newton(predict, loss, at: Tensor) -> Tensor:
+    """`[T, P, P]` matrices `J'SJ` the naive way, task by task."""
+    rows = []
+    for t in range(at.shape[0]):
+
+        def whole(row: Tensor, t: int = t) -> Tensor:
+            return torch.cat([at[:t], row[None], at[t + 1 :]])
+
+        def outputs(row: Tensor, t: int = t) -> Tensor:
+            return predict(whole(row))[t].flatten()
+
+        everything = predict(at).detach()
+
+        def loss_of(z: Tensor, t: int = t, everything: Tensor = everything) -> Tensor:
+            shaped = z.reshape(everything[t].shape)[None]
+            return loss(torch.cat([everything[:t], shaped, everything[t + 1 :]]))[t]
+
+        jacobian = torch.autograd.functional.jacobian(outputs, at[t])
+        rows.append(jacobian.T @ torch.autograd.functional.hessian(loss_of, everything[t].flatten()) @ jacobian)
+    return torch.stack(rows)
+
+
 def minimise(objective, anchor: Tensor, lam: float) -> Tensor:
-    """The minimiser of `L(phi) + lam/2 ||phi - theta||^2` per task, by dense damped Newton steps to machine precision."""
-    phi = anchor.clone()
+    """As `minimise_with`, for `Lambda = lam I`."""
+    return minimise_with(objective, anchor, lam * torch.eye(anchor.shape[1], dtype=anchor.dtype))
+
+
+def minimise_with(objective, anchor: Tensor, matrix: Tensor, start: Tensor | None = None) -> Tensor:
+    """The minimiser of `L(phi) + 1/2 (phi - theta)' Lambda (phi - theta)` per task, by dense damped Newton steps."""
+    phi = (anchor if start is None else start).clone()
     identity = torch.eye(anchor.shape[1], dtype=anchor.dtype)
 
     def value(p: Tensor) -> Tensor:
-        return objective(p) + 0.5 * lam * ((p - anchor) ** 2).sum(-1)
+        return objective(p) + 0.5 * ((p - anchor) @ matrix * (p - anchor)).sum(-1)
 
     for _ in range(100):
         at = phi.clone().requires_grad_(True)

@@ -5,14 +5,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from imaml_dist.config.load import build_config
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import resolve
-from imaml_dist.distributed.reduction import Alone, ProcessGroup
+from imaml_dist.distributed.reduction import Alone, Group, ProcessGroup
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import ImamlError
+from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of
@@ -50,6 +52,30 @@ def train_alone(config: ExperimentConfig, path: Path) -> dict[str, Any]:
 def train_in_a_group(raw: dict[str, Any], path: str) -> None:
     """For `helpers.gloo.run_group`: one rank of a begun run."""
     Worker(resolve(build_config(raw), cuda=False), RunDirectory(Path(path)), ProcessGroup()).run_to_end()
+
+
+class Spoilt:
+    """A `TaskSource` some of whose tasks hold a number that is not finite: `bad[step]` of them, the first ones."""
+
+    def __init__(self, source: TaskSource, bad: dict[int, int]) -> None:
+        self.source, self.bad = source, bad
+
+    def episodes(self, step: int, tasks: range) -> EpisodeBatch:
+        episodes = self.source.episodes(step, tasks)
+        episodes.support_x[episodes.index < self.bad.get(step, 0)] = torch.nan
+        return episodes
+
+
+def spoilt_worker(config: ExperimentConfig, path: Path, group: Group, bad: dict[int, int]) -> Worker:
+    """One rank of a begun run, some of whose tasks are bad."""
+    worker = Worker(config, RunDirectory(path), group)
+    worker.train_source = Spoilt(worker.train_source, bad)
+    return worker
+
+
+def train_spoilt_in_a_group(raw: dict[str, Any], path: str, bad: dict[int, int]) -> None:
+    """As `train_in_a_group`, with bad tasks."""
+    spoilt_worker(resolve(build_config(raw), cuda=False), Path(path), ProcessGroup(), bad).run_to_end()
 
 
 def train_in_a_group_with_slow_disk(raw: dict[str, Any], path: str) -> None:

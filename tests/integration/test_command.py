@@ -28,7 +28,11 @@ def test_a_local_run_leaves_everything_it_promises(finished, data, tmp_path):
         assert summary[key] is not None, key
     for key in ("tasks_per_second", "world_size", "restarts", "skipped_tasks", "params_sha256", "versions"):
         assert summary[key] is not None, key
+    assert summary["test_accuracy_inductive"] is not None and summary["ci95_inductive"] is not None
+    assert (summary["warm_start"], summary["skipped_steps"]) == (None, 0)
     assert "test accuracy (20 tasks)" in output
+    assert "the same, inductive" in output
+    assert "each query image alone, with statistics from the support set" in output
     assert (run / "report.html").stat().st_size > 10_000
     record = json.loads((run / "metrics.jsonl").read_text().splitlines()[0])
     for key in ("meta_loss", "query_accuracy", "cg_residual", "stationarity", "distance", "cosine", "accepted"):
@@ -54,7 +58,9 @@ def test_evaluate_agrees_with_the_run_and_writes_json(finished):
     result = json.loads((folder / "e.json").read_text())
     summary = json.loads((folder / "run" / "summary.json").read_text())
     assert result["accuracy"] == summary["test_accuracy"]
-    assert len(result["per_task"]) == 20
+    assert len(result["per_task"]) == len(result["per_task_inductive"]) == 20
+    assert result["accuracy_inductive"] == summary["test_accuracy_inductive"]
+    assert "accuracy, inductive" in output
     assert imaml("evaluate", "run", "--split", "val", "--tasks", "5", cwd=folder)[0] == 0
 
 
@@ -86,6 +92,34 @@ def test_first_order_baseline_and_other_models_run_by_one_switch(data, tmp_path)
         assert (tmp_path / name / "report.html").is_file()
 
 
+def test_a_run_that_begins_warm_says_with_what(data, tmp_path, finished):
+    folder, _ = finished
+    source = json.loads((folder / "run" / "summary.json").read_text())
+    config = write_config(tmp_path / "tiny.yaml", data, steps=2)
+    (tmp_path / "other").symlink_to(folder / "run")
+    assert imaml("train", str(config), "--set", "warm_start.path=other", "--run-dir", "run", cwd=tmp_path)[0] == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary["warm_start"]["path"] == "other"
+    if source["best_step"] == source["meta_steps"]:
+        assert summary["warm_start"]["sha256"] == source["params_sha256"]
+    assert summary["untrained_accuracy"] == source["untrained_accuracy"]
+    assert "warm start" in (tmp_path / "run" / "report.html").read_text()
+    for overrides, says in (
+        (
+            ["data.way=4"],
+            "'head.weight' in shape (3, 32), this model in (4, 32); give a source of the same model, or name",
+        ),
+        (["warm_start.skip=[haed]"], "warm_start.skip: 'haed' names no tensor"),
+        (["warm_start.path=run"], "warm_start.path: run lies in the run's own directory run"),
+    ):
+        words = [x for o in ("warm_start.path=other", *overrides) for x in ("--set", o)]
+        code, output = imaml("train", str(config), *words, "--run-dir", "run", "--fresh", cwd=tmp_path)
+        assert code == 2, output
+        assert says in output
+        assert len(output.strip().splitlines()) == 1, output
+    assert (tmp_path / "run" / "summary.json").is_file(), "nothing was deleted for a mistake"
+
+
 def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_the_same_bits(data, tmp_path):
     run = {"steps": 25, "checkpoint_every": 20}
     config = write_config(tmp_path / "tiny.yaml", data, **run)
@@ -107,6 +141,9 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_t
         (["data.way=9"], "data.way: 9 classes per episode, but the val split"),
         (["data.url=s3://bucket/x"], "scheme 's3' is not supported"),
         (["run.device=cuda"], "run.device: cuda given"),
+        (["warm_start.path=nowhere"], "warm_start.path: there is no nowhere"),
+        (["warm_start.path=runs/tiny/a"], "lies in the run's own directory runs/tiny; choose another --run-dir"),
+        (["outer.momentum=0.9"], "outer.momentum: 0.9 given, but 'adam' has no momentum"),
         (["model={kind: 'no.such:thing'}"], "model.kind: 'no.such:thing' cannot be used"),
         (["model={kind: 'torch.nn:Flatten'}"], "model.kind: 'torch.nn:Flatten' cannot be used"),
     ],

@@ -33,6 +33,8 @@ def record(step):
         "cg_residual": None,
         "seconds_inner": 0.5,
         "accepted": 16,
+        "updates": step + 1,
+        "algorithm_rates.0.weight[é]_median": 0.1,
     }
 
 
@@ -77,6 +79,9 @@ def test_sqlite_beside_the_run_holds_everything_a_user_looks_for(run):
     assert history(client, run_id, "meta/loss") == [(s, 1.0 / (s + 1)) for s in range(300)]
     assert len(history(client, run_id, "time/inner")) == 300
     assert len(history(client, run_id, "outcome/accepted")) == 300
+    assert len(history(client, run_id, "meta/updates")) == 300
+    (learned,) = [key for key in found.data.metrics if key.startswith("algorithm/")]
+    assert learned.startswith("algorithm/rates.0.weight_") and learned.endswith("_median")
     assert found.inputs.dataset_inputs[0].dataset.name == "blobs"
     assert [a.path for a in client.list_artifacts(run_id)] == ["report.html"]
     assert (run.parent / "mlartifacts" / "problem").is_dir()

@@ -8,13 +8,16 @@ from helpers.runs import (
     error_of_training,
     fingerprint,
     raw_config,
+    spoilt_worker,
     tiny,
     train_alone,
     train_in_a_group,
     train_in_a_group_with_slow_disk,
+    train_spoilt_in_a_group,
 )
 
 from imaml_dist.config.load import build_config
+from imaml_dist.distributed.build import resolve
 from imaml_dist.distributed.reduction import Alone
 from imaml_dist.distributed.worker import Stop, Worker
 from imaml_dist.training import checkpoints
@@ -116,3 +119,40 @@ def test_max_seconds_ends_a_run_with_a_validated_checkpoint(data, tmp_path):
     assert last["val_accuracy"] is not None
     assert checkpoints.steps(run.checkpoints)[-1] == last["step"] + 1 < 10_000
     assert run.evaluation_file.exists()
+
+
+def test_skipped_steps_are_the_same_on_any_number_of_workers_and_through_a_resume(data, tmp_path):
+    bad = {1: 4, 2: 5, 4: 7}
+    raw = raw_config(data) | {"outer": {"optimizer": "sgd", "momentum": 0.9, "lr": 0.1, "schedule": "cosine"}}
+    config = resolve(build_config(raw), cuda=False)
+    for name in ("alone", "three", "parts"):
+        RunDirectory(tmp_path / name).begin(config)
+    spoilt_worker(config, tmp_path / "alone", Alone(), bad).run_to_end()
+    expected = fingerprint(tmp_path / "alone")
+    run_group(3, train_spoilt_in_a_group, raw, str(tmp_path / "three"), bad)
+    assert fingerprint(tmp_path / "three") == expected
+
+    stopped = spoilt_worker(config, tmp_path / "parts", Alone(), bad)
+    step = stopped._meta_step
+
+    def stop_after_a_skipped_step(number):
+        if number == 2:
+            stopped.run.request_stop()
+        return step(number)
+
+    stopped._meta_step = stop_after_a_skipped_step
+    stopped.run_to_end()
+    stopped.run.begin(config)
+    spoilt_worker(config, tmp_path / "parts", Alone(), bad).run_to_end()
+    assert fingerprint(tmp_path / "parts") == expected
+    lines = (tmp_path / "parts" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["updates"] for line in lines] == [1, 2, 2, 3, 3, 4]
+
+
+def test_several_workers_begin_warm_alike(data, tmp_path):
+    train_alone(tiny(data, steps=2, seed=5), tmp_path / "source")
+    warm = {"path": str(tmp_path / "source"), "skip": ["head"]}
+    expected = train_alone(tiny(data, f"warm_start={warm}"), tmp_path / "alone")
+    RunDirectory(tmp_path / "two").begin(tiny(data, f"warm_start={warm}"))
+    run_group(2, train_in_a_group, raw_config(data) | {"warm_start": warm}, str(tmp_path / "two"))
+    assert fingerprint(tmp_path / "two") == expected

@@ -1,24 +1,56 @@
-"""Plain gradient descent on the proximal inner problem."""
+"""Plain gradient descent on the proximal inner problem, also with a rate of its own for every parameter."""
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from imaml_dist.core.curvature import Objective
-from imaml_dist.core.inner.solution import InnerSolution, stationarity
-from imaml_dist.core.outcome import inner_outcome
+from imaml_dist.core.inner.descent import descend
+from imaml_dist.core.inner.rule import Rate, State, refuse_bad_rate
+from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.proximal.protocol import Proximal
 
 
+@dataclass(frozen=True)
+class GradientDescentRule:
+    """`update = lr * gradient`.
+
+    Args:
+        lr: step size. As a tensor `[P]` or `[T, P]` it is Meta-SGD's learned rate, `phi <- phi - alpha o grad`, whose
+            entries may have either sign.
+
+    Raises:
+        ValueError: `lr` is a number that is not positive and finite.
+
+    Source: Finn et al. (2017) eq. 1; Li et al., "Meta-SGD" (2017) eq. 3.
+    """
+
+    lr: Rate
+
+    def __post_init__(self) -> None:
+        refuse_bad_rate(self.lr)
+
+    def start(self, phi: Tensor) -> State:
+        """Nothing to remember."""
+        return ()
+
+    def update(self, gradient: Tensor, state: State, step: int) -> tuple[Tensor, State]:
+        """`lr * gradient`, `[T, P]`."""
+        return self.lr * gradient, state
+
+
 def gradient_descent(
-    objective: Objective, anchor: Tensor, *, lr: float, steps: int, proximal: Proximal | None = None
+    objective: Objective,
+    anchor: Tensor,
+    *,
+    lr: Rate,
+    steps: int,
+    proximal: Proximal | None = None,
+    tolerance: float = 0.0,
 ) -> InnerSolution:
     """`steps` steps of `phi <- phi - lr (grad L(phi) + Lambda (phi - theta))`, from phi = theta.
-
-    The proximal term is part of *every* step, so that phi approaches the minimiser of
-    `G(phi) = L(phi) + R(phi - theta)`, which is the point the implicit gradient differentiates. One gradient a step
-    and one more at the end, for the stationarity. Memory does not depend on `steps`: no graph is kept.
 
     Args:
         objective: support loss, `[T, P] -> [T]`.
@@ -26,40 +58,14 @@ def gradient_descent(
         lr: step size > 0. On a quadratic with Hessian H it converges for `lr < 2 / max eig(H + Lambda)`.
         steps: number of steps >= 0.
         proximal: the regulariser R; None leaves it out (MAML's inner loop).
+        tolerance: in [0, 1); tasks stop at `||grad G(phi)|| <= tolerance ||grad G(theta)||`, 0 for the step count alone.
 
     Returns:
         InnerSolution.
 
     Raises:
-        ValueError: `lr` <= 0 or `steps` < 0.
+        ValueError: an argument outside its range.
 
     Source: iMAML algorithm 2, eq. 3-4.
     """
-    if not lr > 0 or steps < 0:
-        raise ValueError(f"need lr > 0 and steps >= 0, got lr={lr}, steps={steps}")
-
-    def value_and_gradient(phi: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.enable_grad():
-            phi = phi.detach().requires_grad_(True)
-            losses = objective(phi)
-            (gradient,) = torch.autograd.grad(losses.sum(), phi)
-        return losses.detach(), gradient
-
-    anchor = anchor.detach()
-    phi = anchor
-    losses, gradient = value_and_gradient(phi)
-    first_loss, first_gradient = losses, gradient  # at phi = theta the proximal term and its gradient vanish
-    with torch.no_grad():
-        for _ in range(steps):
-            phi = phi - lr * gradient
-            losses, gradient = value_and_gradient(phi)
-            if proximal is not None:
-                gradient = gradient + proximal.apply(phi - anchor)
-        total = losses if proximal is None else losses + proximal.value(phi - anchor)
-    return InnerSolution(
-        params=phi,
-        loss=losses,
-        stationarity=stationarity(gradient, first_gradient),
-        steps=torch.full_like(losses, steps, dtype=torch.int64),
-        outcome=inner_outcome(first_loss, total),
-    )
+    return descend(objective, anchor, GradientDescentRule(lr), steps=steps, proximal=proximal, tolerance=tolerance)

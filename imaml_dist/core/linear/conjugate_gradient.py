@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, dot, relative_residual
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, relative_residual
 
 
 def conjugate_gradient(
@@ -51,15 +51,7 @@ def conjugate_gradient(
 
     Source: iMAML section 3.2, eq. 7; Steihaug (1983); Shewchuk, "painless conjugate gradient" (1994), B2-B3.
     """
-    if max_iterations < 1:
-        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
-    if rtol < 0 or atol < 0:
-        raise ValueError(f"tolerances must not be negative, got rtol={rtol}, atol={atol}")
-    if b.dim() != 2 or (x0 is not None and x0.shape != b.shape):
-        raise ValueError(
-            f"b must be [T, P] and x0 of its shape, got {tuple(b.shape)}, {x0 if x0 is None else x0.shape}"
-        )
-
+    check_arguments(b, max_iterations, rtol, atol, x0)
     tiny = torch.finfo(b.dtype).eps
     running, negative = int(Outcome.MAX_ITERATIONS), int(Outcome.NEGATIVE_CURVATURE)
     threshold = torch.clamp(rtol * torch.linalg.vector_norm(b, dim=-1), min=atol)

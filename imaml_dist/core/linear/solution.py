@@ -51,3 +51,19 @@ def relative_residual(matvec: Matvec, b: Tensor, x: Tensor) -> Tensor:
     """`||b - A x|| / ||b||` per task, `[T]`; 0 where b and the residual are both zero."""
     norm_r, norm_b = torch.linalg.vector_norm(b - matvec(x), dim=-1), torch.linalg.vector_norm(b, dim=-1)
     return torch.where((norm_r == 0) & (norm_b == 0), 0.0, norm_r / norm_b)
+
+
+def check_arguments(b: Tensor, max_iterations: int, rtol: float, atol: float, x0: Tensor | None) -> None:
+    """Refuse what no iterative solver can work with.
+
+    Raises:
+        ValueError: `max_iterations` < 1, a negative tolerance, or shapes that differ.
+    """
+    if max_iterations < 1:
+        raise ValueError(f"max_iterations must be at least 1, got {max_iterations}")
+    if rtol < 0 or atol < 0:
+        raise ValueError(f"tolerances must not be negative, got rtol={rtol}, atol={atol}")
+    if b.dim() != 2 or (x0 is not None and x0.shape != b.shape):
+        raise ValueError(
+            f"b must be [T, P] and x0 of its shape, got {tuple(b.shape)}, {x0 if x0 is None else x0.shape}"
+        )

@@ -2,37 +2,21 @@
 
 import pytest
 import torch
+from helpers.blobs import WAY, Blobs
 
 from imaml_dist import (
     FOMAML,
     IMAML,
     ConjugateGradient,
-    EpisodeBatch,
     GradientDescent,
     MetaLearner,
     TaskOutcome,
     evaluate,
 )
-from imaml_dist.algorithms.learner import NO_SOLVE, TaskRecord, cross_entropy
+from imaml_dist.algorithms.problem import cross_entropy
+from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.models.mlp import MLP
-
-WAY = 3
-
-
-class Blobs:
-    """Gaussian blobs: an endless `TaskSource` in float64."""
-
-    def episodes(self, step, tasks):
-        parts = []
-        for task in tasks:
-            generator = torch.Generator().manual_seed(1000 * step + task)
-            centres = torch.randn(WAY, 1, 1, 4, generator=generator, dtype=torch.float64)
-            y = torch.arange(WAY).repeat_interleave(4)
-            noise = torch.randn(2, 4 * WAY, 1, 1, 4, generator=generator, dtype=torch.float64)
-            x = centres[y] + 0.3 * noise
-            parts.append((x[0], y, x[1], y))
-        return EpisodeBatch(*(torch.stack(p) for p in zip(*parts, strict=True)), index=torch.tensor(list(tasks)))
 
 
 def learner(algorithm=None, execution="vmap"):
@@ -98,7 +82,7 @@ def test_a_bad_task_is_excluded_and_changes_nothing_else():
     whole = learner().task_gradients(episodes)
     episodes.support_x[0, 0] = torch.nan
     with_bad = learner().task_gradients(episodes)
-    assert with_bad.tasks.outcome.tolist() == [TaskOutcome.NON_FINITE, 0, 0, 0]
+    assert with_bad.tasks.outcome.tolist() == [TaskOutcome.BAD_EPISODE, 0, 0, 0]
     assert torch.equal(with_bad.rows[1:], whole.rows[1:]), "the other tasks keep their bits"
     assert (with_bad.rows[0] == 0).all()
     mean = learner().meta_gradient(episodes).gradient

@@ -77,8 +77,8 @@ def test_a_model_of_the_users_own_keeps_its_fields():
         ("algorithm.lam=", r"algorithm\.lam: null given"),
         ("run.steps=1.5", r"run\.steps: 1\.5 given, should be a valid integer"),
         ("run.steps=0", r"run\.steps: 0 given, should be greater than or equal to 1"),
-        ("outer.optimizer=adm", r"outer\.optimizer: 'adm' given, should be 'adam' or 'sgd'"),
-        ("algorithm.kind=imalm", r"algorithm\.kind: 'imalm' given, should be 'imaml' or 'fomaml'"),
+        ("outer.optimizer=adm", r"outer\.optimizer: 'adm' given, should be 'adam', 'adamw' or 'sgd'"),
+        ("algorithm.kind=imalm", r"algorithm\.kind: 'imalm' given, should be 'imaml', 'maml'"),
         ("model.kind=resnet", r"model\.kind: 'resnet' given, should be 'conv4', 'mlp' or a factory"),
         ("run.chunk=3", r"run\.tasks_per_step: 16 given, must be a multiple of run\.chunk = 3"),
         ("data.way=1", r"data\.way: 1 given, should be greater than or equal to 2"),
@@ -133,3 +133,67 @@ def test_missing_and_binary_files_are_refused(tmp_path):
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ConfigError, match="UTF-8"):
         load_config(tmp_path / "binary.yaml")
+
+
+def test_every_algorithm_inner_solver_and_linear_solver_is_one_switch():
+    raw = {
+        "kind": "imaml",
+        "lam": 0.3,
+        "inner": {"lr": 0.2, "steps": 7},
+        "solver": {"operator": "hessian", "rtol": 0.1},
+    }
+    for kind in ("maml", "fomaml", "reptile", "anil", "meta_sgd"):
+        c = config(f"algorithm.kind={kind}", algorithm=raw)
+        assert (c.algorithm.kind, c.algorithm.inner.lr, c.algorithm.inner.steps) == (kind, 0.2, 7)
+    for kind in ("minres", "neumann", "nystrom", "direct"):
+        c = config(f"algorithm.solver.kind={kind}", algorithm=raw)
+        assert (c.algorithm.solver.kind, c.algorithm.solver.operator) == (kind, "hessian")
+    assert config("algorithm.solver.kind=dual", algorithm=raw).algorithm.solver.kind == "dual"
+    # Another inner solver's rate and steps mean something else, so its own defaults hold.
+    assert config("algorithm.inner.kind=adam", algorithm=raw).algorithm.inner.lr == 0.01
+    assert config("algorithm.inner.kind=newton_cg", "algorithm.inner.steps=3", algorithm=raw).algorithm.inner.steps == 3
+    with pytest.raises(
+        ConfigError, match=r"algorithm\.inner\.kind: 'newton_cg' given, should be 'gradient_descent', 'm"
+    ):
+        config("algorithm.kind=maml", "algorithm.inner.kind=newton_cg", algorithm=raw)
+
+
+def test_lambda_is_a_number_or_a_section():
+    assert config("algorithm.lam=2").algorithm.lam == 2.0
+    c = config("algorithm.lam={kind: diagonal, init: 2.0, learn: true, lr: 1e-2}")
+    assert (c.algorithm.lam.kind, c.algorithm.lam.init, c.algorithm.lam.learn, c.algorithm.lam.lr) == (
+        "diagonal",
+        2.0,
+        True,
+        0.01,
+    )
+    c = config("algorithm.lam.learn=true", algorithm={"lam": 0.3})
+    assert (c.algorithm.lam.kind, c.algorithm.lam.init, c.algorithm.lam.learn) == ("scalar", 0.3, True)
+    for wrong, message in [
+        ("-1", r"algorithm\.lam: -1 given, should be greater than 0"),
+        ("abc", r"algorithm\.lam: 'abc' given, should be a valid number"),
+        ("{kind: diag}", r"algorithm\.lam\.kind: 'diag' given, should be 'scalar'"),
+        ("{init: 0}", r"algorithm\.lam\.init: 0 given, should be greater than 0"),
+    ]:
+        with pytest.raises(ConfigError, match=message):
+            config(f"algorithm.lam={wrong}")
+
+
+def test_choosing_a_preset_drops_what_the_file_says_in_its_place_but_no_override():
+    raw = {"lam": 0.1, "inner": {"lr": 0.2, "steps": 7}, "solver": {"operator": "gauss_newton"}}
+    c = config("algorithm.preset=paper", "algorithm.inner.steps=9", algorithm=raw, outer={"lr": 0.5, "warmup": 3})
+    assert (c.algorithm.lam, c.algorithm.solver.operator, c.algorithm.inner.steps) == (2.0, "hessian", 9)
+    assert (c.outer.lr, c.outer.warmup) == (1e-3, 3)
+    in_the_file = config(algorithm=raw | {"preset": "paper"})
+    assert (in_the_file.algorithm.lam, in_the_file.algorithm.inner.lr) == (0.1, 0.2)
+
+
+def test_reference_preset_is_the_public_code_in_our_terms():
+    """((1 + mu) I + H / (lam + 10)) x = v with mu = 1 is, times c = lam + 10, our system with lambda c and damping c."""
+    c = config("algorithm.preset=reference")
+    assert (c.algorithm.lam, c.algorithm.reference_inner, c.algorithm.lam_offset) == (2.0, True, 10.0)
+    assert (c.algorithm.solver.damping, c.algorithm.solver.atol, c.algorithm.solver.operator) == (12.0, 1e-5, "hessian")
+    assert (c.outer.lr, c.outer.eps) == (1e-3, 1e-3)
+    assert config("algorithm.preset=reference", "algorithm.lam=5.0").algorithm.solver.damping == 15.0
+    with pytest.raises(ConfigError, match=r"algorithm\.lam: .* take a number"):
+        config("algorithm.preset=reference", "algorithm.lam={kind: diagonal}")

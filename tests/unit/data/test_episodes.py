@@ -53,6 +53,10 @@ def test_steps_tasks_seeds_and_splits_differ(dataset):
     draws = [source(dataset).draw(0, 0), source(dataset).draw(0, 1), source(dataset).draw(1, 0)]
     draws += [source(dataset, seed=2).draw(0, 0), source(dataset, split="val").draw(0, 0)]
     assert len({str(d) for d in draws}) == len(draws)
+    sources = [source(dataset), source(dataset, seed=2), source(dataset, split="val")]
+    keys = [key for s in sources for step in (0, 1) for key in s.episodes(step, range(3)).key.tolist()]
+    assert len(set(keys)) == len(keys) == 18, "no two tasks drop alike"
+    assert source(dataset).episodes(1, range(2, 3)).key.tolist() == keys[5:6], "and a task always does"
 
 
 def test_impossible_episodes_are_refused_in_one_sentence(dataset):

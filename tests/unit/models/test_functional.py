@@ -89,13 +89,20 @@ def test_conv4_has_the_size_of_the_reference_network():
         Conv4((3, 84, 84), 5)
 
 
-def test_hidden_state_is_refused_by_the_name_of_its_layer():
-    with pytest.raises(ModelError, match=r"layer '1' \(BatchNorm1d\) keeps running statistics"):
-        FunctionalModel(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
-    with pytest.raises(ModelError, match=r"layer '0' \(Dropout\) drops at random"):
-        FunctionalModel(nn.Sequential(nn.Dropout(0.5), nn.Linear(2, 2)))
-    with pytest.raises(ModelError, match="no parameter that requires a gradient"):
-        FunctionalModel(nn.Sequential(nn.ReLU()))
-    with pytest.raises(ModelError, match=r"layer '0' \(InstanceNorm2d\) keeps running statistics"):
-        FunctionalModel(nn.Sequential(nn.InstanceNorm2d(1, track_running_stats=True), nn.Flatten(), nn.Linear(4, 2)))
-    FunctionalModel(nn.Sequential(nn.Dropout(0.0), nn.Linear(2, 2), nn.BatchNorm1d(2, track_running_stats=False)))
+@pytest.mark.parametrize(
+    ("module", "says"),
+    [
+        (nn.Sequential(nn.ReLU()), "no parameter that requires a gradient"),
+        (
+            nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2)),
+            r"layer '1' \(SyncBatchNorm\) normalises across processes",
+        ),
+        (nn.Sequential(nn.Embedding(3, 2, sparse=True)), r"layer '0' \(Embedding\) has sparse gradients"),
+        (nn.Sequential(nn.EmbeddingBag(3, 2, sparse=True)), r"layer '0' \(EmbeddingBag\) has sparse gradients"),
+        (nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), r"layer '0' \(Embedding\) changes its weight whenever"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), r"layer '1' \(LazyLinear\) has parameters without a shape"),
+    ],
+)
+def test_what_can_never_work_is_refused_by_the_name_of_its_layer(module, says):
+    with pytest.raises(ModelError, match=says):
+        FunctionalModel(module)

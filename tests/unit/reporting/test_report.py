@@ -207,6 +207,46 @@ def test_overlapping_intervals_are_called_so(tmp_path: Path) -> None:
     assert "intervals overlap" in _page(run)
 
 
+def test_both_kinds_of_accuracy_are_shown_and_explained(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    assert "inductive" not in _page(run).lower()
+    evaluation, summary = (json.loads((run / name).read_text()) for name in ("evaluation.json", "summary.json"))
+    for who, mean in (("trained", 0.8125), ("untrained", 0.3125)):
+        evaluation[who]["inductive"] = {"mean": mean, "ci95": 0.0125, "per_task": [mean] * 600}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    text = _page(run)
+    assert "inductive 81.2% ± 1.25%" in text and "inductive 31.2% ± 1.25%" in text
+    assert "each query image alone, with statistics from the support set" in text
+    (run / "evaluation.json").unlink()
+    summary |= {"test_accuracy_inductive": 0.7, "ci95_inductive": 0.01}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = _page(run)
+    assert "inductive 70.0% ± 1.00%" in text and text.count("<small>inductive") == 1
+
+
+def test_a_warm_start_and_skipped_steps_are_among_the_facts(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    assert "warm start" not in _page(run)
+    summary = json.loads((run / "summary.json").read_text())
+    summary |= {"warm_start": {"path": "runs/<other>", "sha256": "abc123"}, "skipped_steps": 17}
+    (run / "summary.json").write_text(json.dumps(summary))
+    text = _page(run)
+    assert "runs/&lt;other&gt;, sha256 abc123" in text
+    assert re.search(r"skipped steps</th><td>17<", text)
+
+
+def test_what_the_algorithm_learned_is_drawn_where_there_is_something(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    assert "What the algorithm learned" not in _page(run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record |= {f"algorithm_{HOSTILE_CLASS}_{w}": v for w, v in (("min", 0.1), ("median", 0.2), ("max", 0.3))}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = _page(run)
+    assert "What the algorithm learned" in text and text.count("<svg") == 11
+    assert "&lt;script&gt;" in text and "<script" not in text
+
+
 def test_first_order_runs_have_no_implicit_gradient_to_judge(tmp_path: Path) -> None:
     text = _page(_write_run(tmp_path / "run", "fomaml"))
     assert "This section does not apply" in text

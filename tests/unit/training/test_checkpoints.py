@@ -9,13 +9,14 @@ from torch import nn
 
 from imaml_dist.errors import CheckpointError
 from imaml_dist.training import checkpoints
+from imaml_dist.training.meta_parameters import MetaParameters
 from imaml_dist.training.state import MetaState, sha256_of
 
 
 def _state(steps=3, seed=0):
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4, track_running_stats=False))
-    state = MetaState(model, torch.optim.Adam(model.parameters(), lr=0.1))
+    state = MetaState(MetaParameters(model), torch.optim.Adam(model.parameters(), lr=0.1))
     for step in range(steps):
         model(torch.randn(5, 3)).square().sum().backward()
         state.optimizer.step()
@@ -34,7 +35,7 @@ def test_state_comes_back_bit_for_bit_and_goes_on_alike(tmp_path):
     assert other.ledger.excluded == [[0, 2, 1], [1, 2, 1], [2, 2, 1]]
     for s in (state, other):
         s.optimizer.zero_grad()
-        s.model(torch.ones(5, 3) * torch.arange(5.0)[:, None]).square().sum().backward()
+        s.parameters.model(torch.ones(5, 3) * torch.arange(5.0)[:, None]).square().sum().backward()
         s.optimizer.step()
     assert sha256_of(other.tensors()) == sha256_of(state.tensors())
 

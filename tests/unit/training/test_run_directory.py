@@ -28,7 +28,15 @@ def test_an_identical_run_goes_on_and_stale_requests_are_forgotten(tmp_path):
 
 @pytest.mark.parametrize(
     "override",
-    ["run.steps=9", "run.workers=7", "run.backend=local", "run.keep=1", "validate.every=3", "tracking.mlflow=false"],
+    [
+        "run.steps=9",
+        "run.workers=7",
+        "run.backend=local",
+        "run.keep=1",
+        "run.give_up_after=3",
+        "validate.every=3",
+        "tracking.mlflow=false",
+    ],
 )
 def test_what_does_not_change_a_meta_step_may_change(tmp_path, override):
     run = RunDirectory(tmp_path / "r")
@@ -47,6 +55,8 @@ def test_what_does_not_change_a_meta_step_may_change(tmp_path, override):
         ("data.shot=5", r"data\.shot"),
         ("validate.tasks=7", r"validate\.tasks"),
         ("run.reduction=fast", r"run\.reduction"),
+        ("outer.beta1=0.8", r"outer\.beta1"),
+        ("warm_start.path=x", r"warm_start\.path: 'x' given, .* begun with None"),
     ],
 )
 def test_anything_else_is_refused_by_name_and_changes_nothing(tmp_path, override, field):

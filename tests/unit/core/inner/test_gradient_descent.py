@@ -57,8 +57,8 @@ def test_divergence_and_non_finite_losses_are_outcomes_of_their_own_tasks():
     torch.testing.assert_close(found.params[0], alone.params[0], rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("lr", "steps"), [(0.0, 1), (-0.1, 1), (0.1, -1)])
-def test_misuse_is_refused(lr, steps):
+@pytest.mark.parametrize(("lr", "steps", "word"), [(0.0, 1, "lr"), (-0.1, 1, "lr"), (0.1, -1, "steps")])
+def test_misuse_is_refused(lr, steps, word):
     problem, theta = _setting()
-    with pytest.raises(ValueError, match="lr"):
+    with pytest.raises(ValueError, match=word):
         gradient_descent(problem.support_loss, theta, lr=lr, steps=steps)

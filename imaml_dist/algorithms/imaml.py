@@ -1,0 +1,166 @@
+"""Implicit MAML: a proximal inner problem, and the gradient through its solution by one linear solve."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from imaml_dist.algorithms.inner import GradientDescent, InnerSolver, NewtonCG
+from imaml_dist.algorithms.linear import ConjugateGradient, LinearSolver
+from imaml_dist.algorithms.problem import TaskProblem
+from imaml_dist.algorithms.strength import ProximalStrength
+from imaml_dist.core.curvature import Matvec
+from imaml_dist.core.implicit import MetaGradient, implicit_meta_gradient
+from imaml_dist.core.inner.pull_back import pull_back
+from imaml_dist.core.inner.solution import InnerSolution
+from imaml_dist.core.linear.solution import LinearSolution, Outcome
+from imaml_dist.core.proximal.protocol import Proximal
+from imaml_dist.core.proximal.scalar import ScalarProximal
+from imaml_dist.core.vector import ParameterLayout
+
+LAM = "lam."
+"""What the names of Lambda's learned parameters begin with."""
+
+
+@dataclass(frozen=True)
+class IMAML:
+    """Implicit MAML.
+
+    Attributes:
+        lam: proximal strength lambda > 0, or a `ProximalStrength` for other shapes of Lambda and for a learned one.
+        inner: how phi is found.
+        solver: how `(curvature + Lambda) u = v` is solved.
+        reference_inner: leave the proximal term out of the inner solver and take one step `phi <- phi - lr lam (phi - theta)`
+            after it; at meta-test not even that. It is what the paper's public code does, not what the paper says.
+        lam_offset: added to a scalar lambda in the linear system alone (10 in the paper's public code).
+
+    Raises:
+        ValueError: `lam` is not positive, or the reference's deviations are asked of a Lambda or inner solver they do not have.
+
+    Source: Rajeswaran et al. (2019), algorithms 1 and 2.
+    """
+
+    lam: float | ProximalStrength = 0.1
+    inner: InnerSolver = field(default_factory=GradientDescent)
+    solver: LinearSolver = field(default_factory=ConjugateGradient)
+    reference_inner: bool = False
+    lam_offset: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.lam, ProximalStrength):
+            ScalarProximal(self.lam)
+        plain = self.strength.kind == "scalar" and not self.strength.learn
+        if (self.reference_inner or self.lam_offset) and not (plain and isinstance(self.inner, GradientDescent)):
+            raise ValueError(
+                "reference_inner and lam_offset are for a fixed scalar lam and gradient descent; leave them out otherwise"
+            )
+
+    @property
+    def strength(self) -> ProximalStrength:
+        """Lambda's record, also where `lam` is a number."""
+        return self.lam if isinstance(self.lam, ProximalStrength) else ProximalStrength(init=self.lam)
+
+    @property
+    def second_order(self) -> bool:
+        """See `Algorithm.second_order`."""
+        return True
+
+    @property
+    def own_lr(self) -> float | None:
+        """See `Algorithm.own_lr`."""
+        return self.strength.lr
+
+    def own_parameters(self, layout: ParameterLayout, dtype: torch.dtype) -> dict[str, Tensor]:
+        """See `Algorithm.own_parameters`: Lambda's unconstrained parameters if it is learned."""
+        if not self.strength.learn:
+            return {}
+        raw = self.strength.parametrisation(layout).initial(self.strength.init, dtype)
+        return {LAM + name: value for name, value in raw.items()}
+
+    def describe(self, own: dict[str, Tensor], layout: ParameterLayout) -> dict[str, Tensor]:
+        """See `Algorithm.describe`: Lambda's diagonal."""
+        raw = _raw(own)
+        return {"lam": self.strength.parametrisation(layout).build(raw).diagonal()} if raw else {}
+
+    def proximal(self, problem: TaskProblem) -> Proximal:
+        """Lambda as it is now."""
+        return self.strength.build(problem.functional.layout, _raw(problem.own), problem.anchor)
+
+    def adapt(self, problem: TaskProblem) -> InnerSolution:
+        """See `Algorithm.adapt`."""
+        return self.inner.solve(problem, None if self.reference_inner else self.proximal(problem))
+
+    def meta_gradient(self, problem: TaskProblem) -> tuple[InnerSolution, MetaGradient]:
+        """See `Algorithm.meta_gradient`."""
+        proximal = self.proximal(problem)
+        inner = self.adapt(problem)
+        if self.reference_inner:
+            assert isinstance(self.inner, GradientDescent)
+            inner = pull_back(problem.support_loss, problem.anchor, inner, lr=self.inner.lr, proximal=proximal)
+        problem.lap("inner")
+        if self.lam_offset:
+            proximal = ScalarProximal(self.strength.init + self.lam_offset)
+        meta = self._implicit(problem, inner, proximal, self._curvature(problem, inner))
+        if getattr(self.solver, "on_negative_curvature", "truncate") == "gauss_newton":
+            meta = self._redo_with_gauss_newton(problem, inner, proximal, meta)
+        if self.strength.learn:
+            rows = self.strength.parametrisation(problem.functional.layout).pull_back(_raw(problem.own), meta.own)
+            return inner, replace(meta, own={LAM + name: row for name, row in rows.items()})
+        return inner, replace(meta, own={})
+
+    def _curvature(self, problem: TaskProblem, inner: InnerSolution) -> Matvec | None:
+        """The operator at phi: the inner solver's if it is the one asked for; None is the Hessian, not yet linearised."""
+        if (
+            inner.curvature is not None
+            and isinstance(self.inner, NewtonCG)
+            and self.inner.operator == self.solver.operator
+        ):
+            return inner.curvature
+        return problem.gauss_newton(inner.params) if self.solver.operator == "gauss_newton" else None
+
+    def _implicit(
+        self, problem: TaskProblem, inner: InnerSolution, proximal: Proximal, curvature: Matvec | None
+    ) -> MetaGradient:
+        return implicit_meta_gradient(
+            problem.support_loss,
+            problem.query_loss,
+            inner.params,
+            problem.anchor,
+            proximal=proximal,
+            solve=self.solver.solve,
+            curvature=curvature,
+            damping=self.solver.damping,
+        )
+
+    def _redo_with_gauss_newton(
+        self, problem: TaskProblem, inner: InnerSolution, proximal: Proximal, meta: MetaGradient
+    ) -> MetaGradient:
+        """`meta`, its tasks with negative curvature solved again; their outcome stays, so that the fallback is counted."""
+        old = meta.solution
+        assert old is not None
+        redo = old.outcome == int(Outcome.NEGATIVE_CURVATURE)
+        if not bool(redo.any()):
+            return meta
+        again = self._implicit(problem, inner, proximal, problem.gauss_newton(inner.params))
+        new = again.solution
+        assert new is not None
+
+        def chosen(there: Tensor, here: Tensor) -> Tensor:
+            return torch.where(redo.reshape(-1, *(1,) * (here.dim() - 1)), there, here)
+
+        solution = LinearSolution(
+            value=chosen(new.value, old.value),
+            outcome=torch.where(redo & (new.outcome == int(Outcome.NON_FINITE)), new.outcome, old.outcome),
+            iterations=chosen(new.iterations, old.iterations),
+            residual=chosen(new.residual, old.residual),
+        )
+        own = {name: chosen(again.own[name], row) for name, row in meta.own.items()}
+        return replace(meta, gradient=chosen(again.gradient, meta.gradient), solution=solution, own=own)
+
+
+def _raw(own: object) -> dict[str, Tensor]:
+    """Lambda's unconstrained parameters out of the algorithm's own ones."""
+    assert isinstance(own, dict)
+    return {name.removeprefix(LAM): value for name, value in own.items()}

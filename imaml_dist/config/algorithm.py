@@ -1,0 +1,257 @@
+"""Every field of the `algorithm` section: the algorithms, their inner solvers, linear solvers and proximal strengths."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from imaml_dist.config.section import Section, by_kind
+
+Operator = Literal["gauss_newton", "hessian"]
+NegativeCurvature = Literal["truncate", "gauss_newton", "exclude"]
+
+
+class _DescentConfig(Section):
+    lr: float = Field(0.1, gt=0)
+    """Step size."""
+    steps: int = Field(16, ge=1, le=10**6)
+    tolerance: float = Field(0.0, ge=0, lt=1)
+    """A task stops when the gradient of its objective is this fraction of the one it began with; 0 does all steps."""
+
+
+class GradientDescentConfig(_DescentConfig):
+    """Plain gradient descent."""
+
+    kind: Literal["gradient_descent"] = "gradient_descent"
+
+
+class MomentumConfig(_DescentConfig):
+    """Gradient descent with momentum, as torch's SGD."""
+
+    kind: Literal["momentum"] = "momentum"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+
+
+class AdamConfig(_DescentConfig):
+    """Adam, as torch's."""
+
+    kind: Literal["adam"] = "adam"
+    lr: float = Field(0.01, gt=0)
+    beta1: float = Field(0.9, ge=0, lt=1)
+    beta2: float = Field(0.999, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+
+
+class NewtonCGConfig(Section):
+    """The paper's Hessian-free inner solver."""
+
+    kind: Literal["newton_cg"] = "newton_cg"
+    steps: int = Field(5, ge=1, le=10**6)
+    """Newton steps at most."""
+    cg_iterations: int = Field(5, ge=1)
+    """For each direction."""
+    tolerance: float = Field(0.0, ge=0, lt=1)
+    operator: Operator = "gauss_newton"
+    damping: float = Field(1.0, ge=0)
+    """Levenberg-Marquardt damping to begin with."""
+
+
+UnrolledInnerConfig = Annotated[
+    Annotated[GradientDescentConfig, Tag("gradient_descent")]
+    | Annotated[MomentumConfig, Tag("momentum")]
+    | Annotated[AdamConfig, Tag("adam")],
+    by_kind("gradient_descent", "momentum", "adam"),
+]
+"""Inner solvers that are a sequence of updates."""
+
+InnerConfig = Annotated[
+    Annotated[GradientDescentConfig, Tag("gradient_descent")]
+    | Annotated[MomentumConfig, Tag("momentum")]
+    | Annotated[AdamConfig, Tag("adam")]
+    | Annotated[NewtonCGConfig, Tag("newton_cg")],
+    by_kind("gradient_descent", "momentum", "adam", "newton_cg"),
+]
+
+
+class ConjugateGradientConfig(Section):
+    """Conjugate gradient, truncated at negative curvature."""
+
+    kind: Literal["conjugate_gradient"] = "conjugate_gradient"
+    operator: Operator = "gauss_newton"
+    max_iterations: int = Field(5, ge=1)
+    rtol: float = Field(0.0, ge=0)
+    """Relative residual at which a task's solve ends early; 0 spends the whole budget."""
+    damping: float = Field(0.0, ge=0)
+    on_negative_curvature: NegativeCurvature = "truncate"
+    atol: float = Field(0.0, ge=0)
+    """Residual norm at which a task's solve ends early."""
+    preconditioner: Literal["none", "regulariser", "nystrom"] = "none"
+    rank: int = Field(10, ge=1)
+    """Of the Nystrom preconditioner."""
+    start: Literal["zero", "first_order"] = "zero"
+
+
+class MinresConfig(Section):
+    """Minimal residuals, for indefinite systems."""
+
+    kind: Literal["minres"] = "minres"
+    operator: Operator = "hessian"
+    max_iterations: int = Field(10, ge=1)
+    rtol: float = Field(0.0, ge=0)
+    damping: float = Field(0.0, ge=0)
+
+
+class NeumannConfig(Section):
+    """Truncated Neumann series."""
+
+    kind: Literal["neumann"] = "neumann"
+    operator: Operator = "gauss_newton"
+    max_iterations: int = Field(20, ge=1)
+    rtol: float = Field(0.0, ge=0)
+    damping: float = Field(0.0, ge=0)
+    on_negative_curvature: NegativeCurvature = "truncate"
+    scale: float | None = Field(None, gt=0)
+    """Step of the series, below 2 over the largest eigenvalue; null chooses it per task."""
+
+
+class NystromConfig(Section):
+    """Randomised low-rank approximation of the curvature."""
+
+    kind: Literal["nystrom"] = "nystrom"
+    operator: Operator = "gauss_newton"
+    rank: int = Field(20, ge=1)
+    rtol: float = Field(0.0, ge=0)
+    """Residual below which a solve counts as converged."""
+    damping: float = Field(0.0, ge=0)
+
+
+class DualConfig(Section):
+    """The exact Gauss-Newton solve in the space of the outputs."""
+
+    kind: Literal["dual"] = "dual"
+    damping: float = Field(0.0, ge=0)
+
+
+class DirectConfig(Section):
+    """The dense matrix, for models of a few thousand parameters."""
+
+    kind: Literal["direct"] = "direct"
+    operator: Operator = "hessian"
+    damping: float = Field(0.0, ge=0)
+    max_size: int = Field(4096, ge=1)
+    """Largest number of parameters."""
+
+
+SolverConfig = Annotated[
+    Annotated[ConjugateGradientConfig, Tag("conjugate_gradient")]
+    | Annotated[MinresConfig, Tag("minres")]
+    | Annotated[NeumannConfig, Tag("neumann")]
+    | Annotated[NystromConfig, Tag("nystrom")]
+    | Annotated[DualConfig, Tag("dual")]
+    | Annotated[DirectConfig, Tag("direct")],
+    by_kind("conjugate_gradient", "minres", "neumann", "nystrom", "dual", "direct"),
+]
+
+
+class StrengthConfig(Section):
+    """A proximal strength of another shape than one number, or a learned one."""
+
+    kind: Literal["scalar", "per_layer", "diagonal", "low_rank", "kronecker"] = "scalar"
+    init: float = Field(0.1, gt=0)
+    learn: bool = False
+    lr: float | None = Field(None, gt=0)
+    """Outer learning rate of its logarithms; null is `outer.lr`."""
+    rank: int = Field(4, ge=1)
+    """Columns of `low_rank`'s factor."""
+
+
+def _strength_tag(value: Any) -> str:
+    return "section" if isinstance(value, (dict, StrengthConfig)) else "number"
+
+
+class IMAMLConfig(Section):
+    """Implicit MAML."""
+
+    kind: Literal["imaml"] = "imaml"
+    preset: Literal["default", "paper", "reference"] = "default"
+    """`default`: Gauss-Newton, lambda 0.1. `paper`: Hessian, lambda 2, outer rate 1e-3, 16 (20-way: 25) inner steps.
+    `reference`: what the paper's public code computes."""
+    lam: Annotated[
+        Annotated[float, Field(gt=0), Tag("number")] | Annotated[StrengthConfig, Tag("section")],
+        Discriminator(_strength_tag),
+    ] = 0.1
+    """Proximal strength lambda, in loss per squared parameter; or `{kind: diagonal, init: 0.1, learn: true, ...}`."""
+    inner: InnerConfig = GradientDescentConfig()
+    solver: SolverConfig = ConjugateGradientConfig()
+    reference_inner: bool = False
+    """Proximal term in one step after the inner loop instead of in every step, and none at meta-test."""
+    lam_offset: float = Field(0.0, ge=0)
+    """Added to lambda in the linear system alone."""
+
+    @model_validator(mode="after")
+    def _reference_is_scalar(self) -> IMAMLConfig:
+        if self.reference_inner or self.lam_offset:
+            if not isinstance(self.lam, float):
+                raise ValueError(
+                    "algorithm.lam: reference_inner and lam_offset (preset reference) take a number, "
+                    f"{self.lam.kind!r} given; use another preset"
+                )
+            if self.inner.kind != "gradient_descent":
+                raise ValueError(
+                    "algorithm.inner.kind: reference_inner and lam_offset (preset reference) take gradient_descent, "
+                    f"{self.inner.kind!r} given; use another preset"
+                )
+        return self
+
+
+class MAMLConfig(Section):
+    """MAML, of second order."""
+
+    kind: Literal["maml"] = "maml"
+    inner: UnrolledInnerConfig = GradientDescentConfig()
+
+
+class FOMAMLConfig(Section):
+    """First-order MAML, the baseline."""
+
+    kind: Literal["fomaml"] = "fomaml"
+    inner: InnerConfig = GradientDescentConfig()
+
+
+class ReptileConfig(Section):
+    """Reptile."""
+
+    kind: Literal["reptile"] = "reptile"
+    inner: UnrolledInnerConfig = GradientDescentConfig()
+
+
+class ANILConfig(Section):
+    """MAML whose inner loop moves the head alone."""
+
+    kind: Literal["anil"] = "anil"
+    inner: UnrolledInnerConfig = GradientDescentConfig()
+    head: list[str] = Field([])
+    """Names of the parameters that adapt, or their dotted beginnings; empty is the last layer."""
+
+
+class MetaSGDConfig(Section):
+    """Learned step sizes."""
+
+    kind: Literal["meta_sgd"] = "meta_sgd"
+    inner: GradientDescentConfig = GradientDescentConfig()
+    """`lr` is where every step size begins."""
+    lr: float | None = Field(None, gt=0)
+    """Outer learning rate of the step sizes; null is `outer.lr`."""
+
+
+AlgorithmConfig = Annotated[
+    Annotated[IMAMLConfig, Tag("imaml")]
+    | Annotated[MAMLConfig, Tag("maml")]
+    | Annotated[FOMAMLConfig, Tag("fomaml")]
+    | Annotated[ReptileConfig, Tag("reptile")]
+    | Annotated[ANILConfig, Tag("anil")]
+    | Annotated[MetaSGDConfig, Tag("meta_sgd")],
+    by_kind("imaml", "maml", "fomaml", "reptile", "anil", "meta_sgd"),
+]

@@ -1,0 +1,52 @@
+"""The exact Gauss-Newton solve in the space of the outputs."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imaml_dist.core.curvature import GaussNewton
+from imaml_dist.core.linear.solution import LinearSolution, Outcome
+from imaml_dist.core.linear.system import ProximalSystem
+
+
+def dual_gauss_newton(system: ProximalSystem, b: Tensor) -> LinearSolution:
+    """`(J'S J + B) u = b` with `B = Lambda + mu I`, solved exactly through a system of the size of the outputs.
+
+    With `J'S J = F' D F` (`GaussNewton.factors`) and the Woodbury identity, `u = B^-1 b - B^-1 F' (I + D K)^-1 D F B^-1 b` with
+    `K = F B^-1 F'` `[r, r]`. D may be singular or negative. For cross entropy r is at most `N K (N - 1)` at N-way K-shot.
+    No iteration, and no graph of second order.
+
+    Args:
+        system: its curvature must be a Gauss-Newton operator.
+        b: `[T, P]`.
+
+    Returns:
+        LinearSolution with `iterations` r and the true residual, from the factors.
+
+    Raises:
+        ValueError: the curvature is not a Gauss-Newton operator, or its Jacobian is too large.
+    """
+    if not isinstance(system.curvature, GaussNewton):
+        raise ValueError(
+            f"the dual solve needs a Gauss-Newton operator, got {type(system.curvature).__name__}; use operator gauss_newton"
+        )
+    factors, d = system.curvature.factors()
+    scaled = system.regulariser_solve(factors)
+    start = system.regulariser_solve(b)
+    identity = torch.eye(d.shape[-1], dtype=b.dtype, device=b.device)
+    inner = identity + d.unsqueeze(-1) * (factors @ scaled.mT)
+    right = d * torch.einsum("trp,tp->tr", factors, start)
+    usable = inner.isfinite().flatten(1).all(-1) & right.isfinite().all(-1)
+    inner, right = torch.where(usable[:, None, None], inner, identity), torch.where(usable[:, None], right, 0.0)
+    coefficients, _ = torch.linalg.solve_ex(inner, right)
+    u = start - torch.einsum("trp,tr->tp", scaled, coefficients)
+    solved = usable & u.isfinite().all(-1)
+    u = torch.where(solved[:, None], u, 0.0)
+
+    curved = torch.einsum("trp,tr->tp", factors, d * torch.einsum("trp,tp->tr", factors, u))
+    norm_r = torch.linalg.vector_norm(b - curved - system.proximal.apply(u) - system.damping * u, dim=-1)
+    norm_b = torch.linalg.vector_norm(b, dim=-1)
+    residual = torch.where((norm_r == 0) & (norm_b == 0), 0.0, norm_r / norm_b)
+    outcome = torch.where(solved, int(Outcome.CONVERGED), int(Outcome.NON_FINITE))
+    return LinearSolution(u, outcome, torch.full_like(outcome, d.shape[-1]), residual)

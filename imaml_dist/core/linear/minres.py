@@ -1,0 +1,117 @@
+"""Minimal residuals for T symmetric systems at once, indefinite ones too."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from imaml_dist.core.curvature import Matvec
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, relative_residual
+
+
+def minres(
+    matvec: Matvec,
+    b: Tensor,
+    *,
+    max_iterations: int,
+    rtol: float = 0.0,
+    atol: float = 0.0,
+    x0: Tensor | None = None,
+    preconditioner: Matvec | None = None,
+) -> LinearSolution:
+    """`A_t x_t = b_t` for every task t, A symmetric: the x in the Krylov space with the smallest `||b - A x||`.
+
+    A Lanczos process builds an orthogonal basis in which A is tridiagonal; Givens rotations turn that into a triangle as
+    it grows. Positive definiteness is not needed, so negative curvature is no obstacle and the residual never grows.
+
+    A task ends when its residual norm is at most `max(rtol ||b||, atol)` (both in the norm of the preconditioner where there
+    is one), when the Krylov space is exhausted, when a number is not finite, or after `max_iterations`. Cost: one product an
+    iteration, one for the true residual, and one if `x0` is given.
+
+    Args:
+        matvec: `[T, P] -> [T, P]`, linear and symmetric, row t depending on row t only.
+        b: `[T, P]`.
+        max_iterations: >= 1.
+        rtol: relative tolerance on the residual norm, >= 0.
+        atol: absolute tolerance on the residual norm, >= 0.
+        x0: `[T, P]`, start; zero when None.
+        preconditioner: `[T, P] -> [T, P]`, an approximation of the inverse of |A|, symmetric positive definite.
+
+    Returns:
+        LinearSolution; never NEGATIVE_CURVATURE. On a singular system without a solution `value` minimises the residual.
+
+    Raises:
+        ValueError: `max_iterations` < 1, a negative tolerance, or shapes that differ.
+
+    Source: Paige and Saunders, "Solution of sparse indefinite systems of linear equations" (1975).
+    """
+    check_arguments(b, max_iterations, rtol, atol, x0)
+    precondition = preconditioner or (lambda v: v)
+    tiny = torch.finfo(b.dtype).eps
+    zero = torch.zeros_like(b)
+
+    x = zero if x0 is None else x0.clone()
+    r = b if x0 is None else b - matvec(x0)
+    z = precondition(r)
+    beta = dot(r, z).sqrt()  # nan where the preconditioner is not positive definite
+    start = dot(b, precondition(b)).sqrt() if x0 is not None else beta
+    threshold = torch.clamp(rtol * start, min=atol)
+    finite = beta.isfinite()
+    x = torch.where(finite[:, None], x, 0.0)
+    done = finite & (beta <= threshold)
+    active = finite & ~done
+    outcome = torch.full_like(beta, int(Outcome.MAX_ITERATIONS), dtype=torch.int64)
+    outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
+    outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
+    iterations = torch.zeros_like(outcome)
+    on_host = b.device.type == "cpu"
+
+    r_previous, beta_previous = zero, torch.ones_like(beta)
+    w, w_previous = zero, zero
+    cosine, sine = -torch.ones_like(beta), torch.zeros_like(beta)
+    dbar, epsilon, phibar = torch.zeros_like(beta), torch.zeros_like(beta), beta
+    largest = torch.zeros_like(beta)
+    for _ in range(max_iterations):
+        if on_host and not bool(active.any()):
+            break
+        safe = torch.where(active, beta, 1.0)[:, None]
+        v = torch.where(active[:, None], z / safe, 0.0)
+        y = matvec(v)
+        alpha = dot(v, y)
+        y = y - alpha[:, None] * r / safe - (beta / beta_previous)[:, None] * r_previous
+        z_next = precondition(y)
+        squared = dot(y, z_next)
+        ok = alpha.isfinite() & squared.isfinite() & (squared >= 0)
+        beta_next = torch.where(ok, squared, 0.0).sqrt()
+        outcome = torch.where(active & ~ok, int(Outcome.NON_FINITE), outcome)
+        active = active & ok
+
+        # The previous rotation acts on the new column of the tridiagonal matrix; a new one removes what is below it.
+        delta, gbar = cosine * dbar + sine * alpha, sine * dbar - cosine * alpha
+        epsilon_next, dbar_next = sine * beta_next, -cosine * beta_next
+        gamma = torch.hypot(gbar, beta_next)
+        largest = torch.maximum(largest, torch.where(active, gamma, 0.0))
+        exhausted = beta_next <= 10 * tiny * largest
+        singular = gamma <= 10 * tiny * largest  # nothing in this direction lowers the residual
+        moves = active & ~singular
+        gamma = torch.where(moves, gamma, 1.0)
+        cosine_next, sine_next = gbar / gamma, beta_next / gamma
+        w_next = (v - epsilon[:, None] * w_previous - delta[:, None] * w) / gamma[:, None]
+        step = cosine_next * phibar
+        x = torch.where(moves[:, None], x + step[:, None] * w_next, x)
+        iterations = iterations + moves
+        phibar = torch.where(moves, sine_next * phibar, phibar)
+
+        done = active & ((phibar.abs() <= threshold) | (exhausted & ~singular))
+        outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
+        active = active & ~done & ~singular
+
+        keep = active[:, None]
+        r_previous, r = torch.where(keep, r, 0.0), torch.where(keep, y, 0.0)
+        z = torch.where(keep, z_next, 0.0)
+        beta_previous, beta = torch.where(active, beta, 1.0), torch.where(active, beta_next, 1.0)
+        w_previous, w = torch.where(keep, w, 0.0), torch.where(keep, w_next, 0.0)
+        cosine, sine = torch.where(active, cosine_next, -1.0), torch.where(active, sine_next, 0.0)
+        dbar, epsilon = torch.where(active, dbar_next, 0.0), torch.where(active, epsilon_next, 0.0)
+
+    return LinearSolution(value=x, outcome=outcome, iterations=iterations, residual=relative_residual(matvec, b, x))

@@ -1,0 +1,172 @@
+"""What a user's layers do inside of an objective: the same for the same input, no state written, differentiable twice.
+
+| layer | policy |
+|---|---|
+| batch normalisation, training | statistics of the samples at hand; running statistics are neither read nor written |
+| batch normalisation, evaluation | its running statistics, as constants |
+| dropout, training | a mask that follows from the task's key; without a key nothing is dropped |
+| attention | torch's mathematics without its fused kernels, which have no second derivative |
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from imaml_dist.errors import ModelError
+from imaml_dist.models.attention import attention, multi_head_attention
+from imaml_dist.models.masks import derived_key, keep_mask
+
+Statistics = tuple[Tensor, Tensor]
+"""Mean and variance per channel."""
+
+
+class ForwardPolicy(TorchFunctionMode):
+    """Applies the policy to the torch functions called in a `with` block: one evaluation of a module for one task.
+
+    Args:
+        key: int64 without axes, from which dropout masks follow; None: nothing is dropped.
+        statistics: of every batch normalisation in training, in order of their calls, to be used in place of those of
+            the samples at hand.
+        collect: note the statistics of the samples at hand in `seen`.
+
+    Attributes:
+        seen: statistics collected or used so far.
+        dropped: how often something was dropped.
+    """
+
+    def __init__(
+        self, key: Tensor | None = None, statistics: Sequence[Statistics] | None = None, collect: bool = False
+    ) -> None:
+        super().__init__()
+        self.seen: list[Statistics] = []
+        self.dropped = 0
+        self._key = key
+        self._statistics = statistics
+        self._collect = collect
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        own = _OWN.get(func)
+        return func(*args, **(kwargs or {})) if own is None else own(self, *args, **(kwargs or {}))
+
+    def _batch_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if not training:
+            return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+        axes = [axis for axis in range(input.dim()) if axis != 1]
+        if self._statistics is not None:
+            if len(self.seen) == len(self._statistics):
+                raise ModelError("batch normalisation is called more often for query than for support samples")
+            mean, variance = self._statistics[len(self.seen)]
+            self.seen.append((mean, variance))
+            return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
+        if self._collect:
+            self.seen.append((input.mean(axes), input.var(axes, correction=0)))
+        return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+    def _instance_norm(
+        self,
+        input: Tensor,
+        running_mean: Tensor | None = None,
+        running_var: Tensor | None = None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        use_input_stats: bool = True,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        if use_input_stats:
+            running_mean = running_var = None
+        return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
+
+    def _mask(self, shape: Sequence[int], p: float) -> Tensor | None:
+        """The next mask; None if nothing is to be dropped."""
+        if self._key is None or p == 0:
+            return None
+        self.dropped += 1
+        return keep_mask(derived_key(self._key, self.dropped), shape, p)
+
+    def _drop(self, input: Tensor, p: float, axes: int | None = None) -> Tensor:
+        """Entries set to zero with probability `p`, the others divided by 1 - p; whole slices below the first `axes`."""
+        shape = input.shape if axes is None else input.shape[:axes] + (1,) * (input.dim() - axes)
+        mask = self._mask(shape, p)
+        return input if mask is None else torch.where(mask, input / max(1 - p, 1e-9), 0.0)
+
+    def _drop_alpha(self, input: Tensor, p: float, axes: int | None = None) -> Tensor:
+        """Entries set to the value at which SELU saturates, then scaled and shifted so that mean 0 and variance 1 stay.
+
+        Source: Klambauer et al., "Self-normalizing neural networks" (2017).
+        """
+        shape = input.shape if axes is None else input.shape[:axes] + (1,) * (input.dim() - axes)
+        mask = self._mask(shape, p)
+        if mask is None:
+            return input
+        if p == 1:
+            return torch.zeros_like(input)
+        saturated = -1.7580993408473766
+        scale = math.sqrt(1 / ((1 - p) * (1 + p * saturated**2)))
+        return torch.where(mask, input, saturated) * scale - scale * p * saturated
+
+    def _attention(self, *args: Any, **kwargs: Any) -> Tensor:
+        return attention(*args, **kwargs, dropout=self._drop)
+
+    def _multi_head_attention(self, *args: Any, **kwargs: Any) -> Any:
+        return multi_head_attention(self._drop)(*args, **kwargs)
+
+
+def _dropout(drop: Callable[..., Tensor], axes: int | None = None, batched_from: int = 0) -> Callable[..., Tensor]:
+    """One of torch's dropout functions.
+
+    Args:
+        drop: what happens to a tensor.
+        axes: leading axes that are dropped one by one.
+        batched_from: dimensions an input has if it has a batch axis; one axis fewer is a single sample.
+    """
+
+    def replacement(
+        policy: ForwardPolicy, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, **kw: bool
+    ) -> Tensor:
+        if not kw.get("train", training):
+            return input
+        single = batched_from == input.dim() + 1
+        result = drop(policy, input.unsqueeze(0), p, axes).squeeze(0) if single else drop(policy, input, p, axes)
+        return input.copy_(result) if inplace else result
+
+    return replacement
+
+
+_OWN: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.batch_norm: ForwardPolicy._batch_norm,
+    F.instance_norm: ForwardPolicy._instance_norm,
+    F.dropout: _dropout(ForwardPolicy._drop),
+    torch.dropout: _dropout(ForwardPolicy._drop),
+    F.dropout1d: _dropout(ForwardPolicy._drop, axes=2, batched_from=3),
+    F.dropout2d: _dropout(ForwardPolicy._drop, axes=2),
+    F.dropout3d: _dropout(ForwardPolicy._drop, axes=2, batched_from=5),
+    F.alpha_dropout: _dropout(ForwardPolicy._drop_alpha),
+    F.feature_alpha_dropout: _dropout(ForwardPolicy._drop_alpha, axes=2),
+    F.scaled_dot_product_attention: ForwardPolicy._attention,
+    F.multi_head_attention_forward: ForwardPolicy._multi_head_attention,
+}
+"""torch functions that are replaced; all others are left alone."""

@@ -1,0 +1,45 @@
+"""From configuration to the objects of a run: losses of the user's own."""
+
+import pytest
+import torch
+from helpers.runs import tiny
+
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed.build import make_learner, make_loss, make_source
+from imaml_dist.errors import ConfigError, ModelError
+
+LOSSES = """
+from torch.nn.functional import cross_entropy
+def smoothed(outputs, labels):
+    return cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=0.1).reshape(labels.shape).mean(-1)
+def over_all(outputs, labels):
+    return smoothed(outputs, labels).mean()
+"""
+
+
+@pytest.fixture
+def losses(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(LOSSES)
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+def test_a_loss_of_ones_own_is_what_is_minimised(data, losses):
+    config = tiny(data, "loss=my_losses:smoothed")
+    source = make_source(config, Dataset(config.data.url), "train")
+    episodes = source.episodes(0, range(2))
+    own, plain = (make_learner(c, source.image_shape) for c in (config, tiny(data)))
+    for learner, loss in ((own, make_loss("my_losses:smoothed")), (plain, make_loss("cross_entropy"))):
+        found = learner.task_gradients(episodes).tasks
+        phi = learner.adapt_parameters(episodes.support_x, episodes.support_y).params
+        expected = loss(learner.functional.predict(phi, episodes.query_x), episodes.query_y)
+        torch.testing.assert_close(found.query_loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_loss_that_cannot_be_imported_or_is_not_one_number_a_task_is_refused(data, losses):
+    for name in ("no_such_module:f", "my_losses:missing"):
+        with pytest.raises(ConfigError, match=rf"loss: '{name}' cannot be imported .*outputs \[T, n, N\]"):
+            make_loss(name)
+    config = tiny(data, "loss=my_losses:over_all")
+    source = make_source(config, Dataset(config.data.url), "train")
+    with pytest.raises(ModelError, match=r"the loss of 2 tasks has shape \(\), should have \(2,\)"):
+        make_learner(config, source.image_shape).preflight(source.episodes(0, range(2)))

@@ -1,0 +1,186 @@
+"""Normalisation, dropout and attention inside of an objective, against torch's own layers and formulas."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from imaml_dist.errors import ModelError
+from imaml_dist.models.attention import attention
+from imaml_dist.models.forward_policy import ForwardPolicy
+from imaml_dist.models.functional import FunctionalModel
+
+KEY = torch.tensor(77)
+
+
+def draw(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def no_drop(x, p):
+    raise AssertionError("nothing is to be dropped")
+
+
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_batch_normalisation_uses_batch_or_frozen_statistics_and_writes_none(tasks, training, momentum):
+    layer = nn.BatchNorm1d(4, momentum=momentum).double()
+    layer.running_mean.copy_(draw(4, seed=1))
+    layer.running_var.copy_(draw(4, seed=2).exp())
+    module = nn.Sequential(nn.Linear(3, 4).double(), layer).train(training)
+    before = {n: v.clone() for n, v in module.state_dict().items()}
+    functional, x = FunctionalModel(module), draw(tasks, 6, 3)
+    outputs = functional.predict(functional.parameters().expand(tasks, -1), x)
+    assert all(torch.equal(before[n], v) for n, v in module.state_dict().items())
+    for t in range(tasks):
+        hidden = module[0](x[t])
+        mean, variance = (
+            (hidden.mean(0), hidden.var(0, correction=0)) if training else (layer.running_mean, layer.running_var)
+        )
+        expected = (hidden - mean) / (variance + layer.eps).sqrt()
+        torch.testing.assert_close(outputs[t], expected, rtol=1e-10, atol=1e-10)
+
+
+def test_instance_normalisation_with_running_statistics_writes_none():
+    module = nn.Sequential(nn.InstanceNorm1d(2, affine=True, track_running_stats=True)).double()
+    functional, x = FunctionalModel(module), draw(2, 5, 2, 7)
+    outputs = functional.predict(functional.parameters().expand(2, -1), x)
+    torch.testing.assert_close(outputs[1], F.instance_norm(x[1]), rtol=1e-10, atol=1e-10)
+    assert int(module[0].num_batches_tracked) == 0 and not module[0].running_mean.any()
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_inductive_outputs_use_the_statistics_of_the_support_samples(tasks):
+    module = nn.Sequential(nn.Conv1d(1, 3, 2), nn.BatchNorm1d(3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
+    module(draw(4, 1, 5))
+    functional, support, query = FunctionalModel(module), draw(tasks, 4, 1, 5, seed=1), draw(tasks, 6, 1, 5, seed=2)
+    params = functional.parameters().expand(tasks, -1)
+    found = functional.predict_inductive(params, support, query)
+    for t in range(tasks):
+        hidden = module[0](support[t])
+        mean, variance = (
+            s(hidden.transpose(0, 1).flatten(1)) for s in (lambda h: h.mean(1), lambda h: h.var(1, False))
+        )
+        normal = (module[0](query[t]) - mean[:, None]) / (variance[:, None] + 1e-5).sqrt()
+        torch.testing.assert_close(found[t], module[2:](normal), rtol=1e-9, atol=1e-9)
+    alone = [functional.predict_inductive(params, support, query[:, i : i + 1]) for i in range(6)]
+    torch.testing.assert_close(torch.cat(alone, 1), found, rtol=1e-10, atol=1e-10)
+
+
+def test_without_batch_statistics_inductive_and_transductive_outputs_are_equal():
+    functional = FunctionalModel(nn.Sequential(nn.Linear(3, 2), nn.LayerNorm(2)).double())
+    params, x = functional.parameters()[None], draw(1, 5, 3)
+    assert torch.equal(functional.predict_inductive(params, draw(1, 4, 3, seed=1), x), functional.predict(params, x))
+
+
+def test_a_network_that_mixes_samples_otherwise_has_no_inductive_outputs():
+    class Centred(nn.Linear):
+        def forward(self, x):
+            return super().forward(x - x.mean(0))
+
+    functional = FunctionalModel(Centred(3, 2).double())
+    with pytest.raises(ModelError, match="Centred mixes the samples of a batch in another way"):
+        functional.predict_inductive(functional.parameters()[None], draw(1, 4, 3), draw(1, 5, 3))
+
+
+@pytest.mark.parametrize(
+    ("function", "shape", "slices"),
+    [
+        (F.dropout, (40, 50), (40, 50)),
+        (torch.dropout, (40, 50), (40, 50)),
+        (F.dropout1d, (40, 50, 3), (40, 50)),
+        (F.dropout1d, (2000, 3), (2000,)),
+        (F.dropout2d, (40, 50, 3, 2), (40, 50)),
+        (F.dropout3d, (40, 50, 2, 2, 2), (40, 50)),
+        (F.dropout3d, (2000, 2, 2, 2), (2000,)),
+    ],
+)
+def test_dropped_slices_are_zero_and_the_others_are_enlarged(function, shape, slices):
+    x = draw(*shape).abs() + 0.1
+    with ForwardPolicy(KEY):
+        y, again = function(x, 0.25, True), function(x, 0.25, True)
+    with ForwardPolicy(KEY):
+        repeated = function(x, 0.25, True)
+    assert torch.equal(y, repeated), "the first dropout of a forward pass with this key"
+    assert not torch.equal(y, again), "the second one"
+    kept = (y != 0).reshape(*slices, -1)
+    assert bool((kept.all(-1) | ~kept.any(-1)).all()), "slices are dropped whole"
+    assert abs(float(kept[..., 0].double().mean()) - 0.75) < 0.05
+    torch.testing.assert_close(y[y != 0], (x / 0.75)[y != 0], rtol=1e-12, atol=0)
+
+
+def test_nothing_is_dropped_without_a_key_in_evaluation_or_at_probability_0():
+    x = draw(5, 5)
+    with ForwardPolicy():
+        assert torch.equal(F.dropout(x, 0.5, True), x)
+    with ForwardPolicy(KEY):
+        assert torch.equal(F.dropout(x, 0.5, False), x)
+        assert torch.equal(F.dropout(x, 0.0, True), x)
+        assert not F.dropout(x, 1.0, True).any()
+        inplace = x.clone()
+        F.dropout(inplace, 0.5, True, True)
+        assert not torch.equal(inplace, x)
+
+
+@pytest.mark.parametrize("function", [F.alpha_dropout, F.feature_alpha_dropout])
+def test_alpha_dropout_keeps_mean_and_variance(function):
+    x = draw(400, 500)
+    with ForwardPolicy(KEY):
+        y = function(x, 0.3, True)
+    assert abs(float(y.mean())) < 0.02 and abs(float(y.var()) - 1) < 0.03
+    assert torch.equal(y.unique(return_counts=True)[1].topk(2).values > 1, torch.tensor([True, False]))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"scale": 0.3},
+        {"attn_mask": draw(5, 6)},
+        {"attn_mask": draw(2, 1, 5, 6) > -0.5},
+    ],
+    ids=lambda options: "-".join(options),
+)
+def test_attention_is_that_of_torch(options):
+    q, k, v = draw(2, 4, 5, 8), draw(2, 4, 6, 8, seed=1), draw(2, 4, 6, 3, seed=2)
+    expected = F.scaled_dot_product_attention(q, k, v, **options)
+    torch.testing.assert_close(attention(q, k, v, **options, dropout=no_drop), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_grouped_heads_are_those_of_torch():
+    q, k, v = draw(2, 4, 5, 8), draw(2, 2, 6, 8, seed=1), draw(2, 2, 6, 3, seed=2)
+    expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    torch.testing.assert_close(attention(q, k, v, enable_gqa=True, dropout=no_drop), expected, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+@pytest.mark.parametrize("masked", [True, False])
+def test_multi_head_attention_is_that_of_torch_and_can_be_differentiated_twice(need_weights, masked):
+    layer = nn.MultiheadAttention(8, 2, batch_first=True).double()
+    x = draw(3, 5, 8)
+    mask = torch.ones(5, 5).triu(1).bool() if masked else None
+    expected = layer(x, x, x, need_weights=need_weights, attn_mask=mask)[0]
+
+    def run(x):
+        with ForwardPolicy(KEY):
+            return layer(x, x, x, need_weights=need_weights, attn_mask=mask)[0]
+
+    torch.testing.assert_close(run(x), expected, rtol=1e-10, atol=1e-12)
+    torch.autograd.gradgradcheck(run, (x[:1, :3] if mask is None else x[:1]).clone().requires_grad_())
+
+
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_attention_weights_are_dropped_by_the_key(need_weights):
+    layer = nn.MultiheadAttention(4, 1, dropout=0.5, bias=False, batch_first=True).double()
+    x = draw(1, 6, 4)
+
+    def run(key):
+        with ForwardPolicy(key) as policy:
+            return layer(x, x, x, need_weights=need_weights)[0], policy.dropped
+
+    (first, count), (again, _), (other, _) = run(KEY), run(KEY), run(KEY + 1)
+    assert count == 1
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    torch.testing.assert_close(run(None)[0], layer.eval()(x, x, x)[0], rtol=1e-10, atol=1e-12)

@@ -1,0 +1,98 @@
+"""Models that cannot be meta-trained are refused by the name of the layer, and say the way out."""
+
+import pytest
+import torch
+from torch import nn
+
+from imaml_dist import IMAML, MetaLearner
+from imaml_dist.errors import ModelError
+from imaml_dist.tasks.episode import EpisodeBatch
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x)
+
+
+class Counting(nn.Module):
+    """Remembers how often it was called, and lets nobody see."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        return x
+
+
+class OnceOnly(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+    generate_vmap_rule = True
+
+
+class Once(nn.Module):
+    def forward(self, x):
+        return OnceOnly.apply(x)
+
+
+class Branching(nn.Module):
+    """Reads a number out of a tensor, which cannot be vectorised."""
+
+    def forward(self, x):
+        return x * 2 if float(x.detach().sum()) > -1e9 else x
+
+
+def learner(layer, execution="vmap"):
+    torch.manual_seed(0)
+    return MetaLearner(
+        nn.Sequential(nn.Linear(4, 5), nn.Tanh(), layer, nn.Linear(5, 3)), IMAML(0.5), execution=execution
+    )
+
+
+def episodes(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, 6, 4, generator=generator)
+    y = torch.arange(3).repeat(2, 2)
+    return EpisodeBatch(x, y, x + 0.1, y, index=torch.arange(2))
+
+
+@pytest.mark.parametrize(
+    ("layer", "execution", "says"),
+    [
+        (Noise(), "loop", r"layer '2' \(Noise\) gives different outputs for the same input"),
+        (Counting(), "loop", r"layer '2' \(Counting\) changes '2\.calls' whenever it is called; call \.eval\(\)"),
+        (Once(), "loop", r"layer '2' \(Once\) cannot be differentiated twice .*once_differentiable.*; replace it"),
+        (Branching(), "vmap", r"Sequential cannot be vectorised over tasks .*; set execution='loop'"),
+    ],
+    ids=["random", "state", "one-derivative", "not-vectorised"],
+)
+def test_what_cannot_work_is_refused_at_the_first_meta_gradient(layer, execution, says):
+    subject = learner(layer, execution)
+    with pytest.raises(ModelError, match=says) as caught:
+        subject.meta_gradient(episodes())
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ModelError, match=says):
+        learner(layer, execution).preflight(episodes())
+
+
+def test_what_cannot_be_vectorised_works_one_task_at_a_time():
+    out = learner(Branching(), "loop").meta_gradient(episodes())
+    assert out.tasks.outcome.tolist() == [0, 0]
+
+
+def test_it_waits_for_a_task_that_can_be_computed():
+    subject, bad = learner(Noise(), "loop"), episodes()
+    bad.support_x.fill_(torch.nan)
+    assert subject.meta_gradient(bad).tasks.outcome.tolist() != [0, 0]
+    with pytest.raises(ModelError, match="Noise"):
+        subject.meta_gradient(episodes())
