@@ -155,7 +155,13 @@ class MetaLearner:
             ModelError: it cannot; the message names the layer and the way out (`models.preflight`). Or the loss is not one
                 number per task.
         """
-        preflight(self.functional, episodes.support_x, episodes.key, vectorised=self.execution == "vmap")
+        preflight(
+            self.functional,
+            episodes.support_x,
+            episodes.key,
+            vectorised=self.execution == "vmap",
+            twice=not getattr(self.algorithm, "first_order", False),
+        )
         with torch.no_grad():
             params = self.functional.parameters().expand(len(episodes), -1)
             found = self.loss(self.functional.predict(params, episodes.support_x, episodes.key), episodes.support_y)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from imaml_dist.algorithms.algorithm import NothingOwned
 from imaml_dist.algorithms.inner import FirstOrder, GradientDescent
@@ -27,6 +28,9 @@ class Reptile(NothingOwned):
 
     Source: Nichol et al. (2018), algorithm 2 and section 3.
     """
+
+    first_order: ClassVar[bool] = True
+    """No second derivative of the model is taken."""
 
     inner: FirstOrder = field(default_factory=GradientDescent)
 

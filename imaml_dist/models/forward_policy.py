@@ -6,6 +6,8 @@
 | batch normalisation, evaluation | its running statistics, as constants |
 | dropout, training | a mask that follows from the task's key; without a key nothing is dropped |
 | attention | torch's mathematics without its fused kernels, which have no second derivative |
+| weight normalisation | the same function; torch's kernel has a wrong second derivative |
+| embedding with `padding_idx` | no gradient for the padding, as in torch, also in vectorised calls |
 """
 
 from __future__ import annotations
@@ -100,6 +102,21 @@ class ForwardPolicy(TorchFunctionMode):
             running_mean = running_var = None
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
 
+    def _embedding(
+        self, input: Tensor, weight: Tensor, padding_idx: int | None = None, *others: Any, **options: Any
+    ) -> Tensor:
+        outputs: Tensor = F.embedding(input, weight, None, *others, **options)
+        if padding_idx is None:
+            return outputs
+        padding = (input == padding_idx % weight.shape[0]).unsqueeze(-1)  # torch's own rule is lost under vmap
+        return torch.where(padding, outputs.detach(), outputs)
+
+    def _weight_norm(self, v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+        """`g v / ||v||`; the second derivative of torch's own kernel is wrong."""
+        axes = [axis for axis in range(v.dim()) if dim == -1 or axis != dim]
+        length: Tensor = torch.linalg.vector_norm(v, dim=axes, keepdim=True)
+        return v * (g / length)
+
     def _mask(self, shape: Sequence[int], p: float) -> Tensor | None:
         """The next mask; None if nothing is to be dropped."""
         if self._key is None or p == 0:
@@ -159,6 +176,8 @@ def _dropout(drop: Callable[..., Tensor], axes: int | None = None, batched_from:
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: ForwardPolicy._batch_norm,
     F.instance_norm: ForwardPolicy._instance_norm,
+    F.embedding: ForwardPolicy._embedding,
+    torch._weight_norm: ForwardPolicy._weight_norm,
     F.dropout: _dropout(ForwardPolicy._drop),
     torch.dropout: _dropout(ForwardPolicy._drop),
     F.dropout1d: _dropout(ForwardPolicy._drop, axes=2, batched_from=3),

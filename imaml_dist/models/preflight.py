@@ -6,6 +6,7 @@ tasks would end in a wrong meta-gradient or in an error deep inside torch. Here 
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from contextlib import ExitStack
 
@@ -20,17 +21,20 @@ AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-2}
 """Relative difference allowed between the vectorised and the plain evaluation; 5e-2 for other types."""
 
 
-def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised: bool) -> None:
+def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised: bool, twice: bool = True) -> None:
     """Refuse a model that cannot be meta-trained.
 
     In this order: the forward pass is repeated and must give the same bits; it must leave buffers and parameters as they
-    were; a function of its outputs is differentiated twice; and two tasks vectorised must agree with one at a time.
+    were; gradients must be those of a copy of the module that owns the parameters; second derivatives must exist, and must be
+    the central differences of the first in a float64 copy; two tasks vectorised must agree with one at a time, in outputs
+    and gradients.
 
     Args:
         functional: the model.
         x: `[T, n, ...]`, T >= 1, finite samples such as it will be trained on.
         key: `[T]`, of the dropout masks.
         vectorised: whether several tasks will be evaluated in one call.
+        twice: whether second derivatives will be needed.
 
     Raises:
         ModelError: one of these fails; the message names the layer where it can be found, and the way out.
@@ -50,31 +54,79 @@ def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised
                 f"{_owner(functional.module, name)} changes {name!r} whenever it is called; call .eval() on it, or let its forward leave "
                 "its state alone"
             )
-    _differentiate_twice(functional, x, key)
+    rough = _roughened(x)
+    _compare_with_module(functional, rough[:1], key[:1])
+    if twice:
+        _differentiate_twice(functional, rough[:1], key[:1])
     if vectorised:
-        _vectorise(functional, x, key)
+        _vectorise(functional, rough, key)
+
+
+def _gradient(functional: FunctionalModel, params: Tensor, x: Tensor, key: Tensor, graph: bool = False) -> Tensor:
+    """Of the sum of squared outputs, `[T, P]`."""
+    point = params if graph else params.detach().requires_grad_()
+    with torch.enable_grad():
+        value = functional.predict(point, x, key).square().sum()
+    return torch.autograd.grad(value, point, create_graph=graph, materialize_grads=True)[0]
+
+
+def _compare_with_module(functional: FunctionalModel, x: Tensor, key: Tensor) -> None:
+    """The gradient at parameters that are not the module's own must be that of a copy which owns them."""
+    params = _moved(functional.parameters())
+    twin = FunctionalModel(copy.deepcopy(functional.module))
+    twin.load(params)
+    with ForwardPolicy(key[0]):
+        value = twin.module(x[0]).square().sum()
+    named = dict(twin.module.named_parameters())
+    own = torch.autograd.grad(value, [named[name] for name in twin.layout.names], materialize_grads=True)
+    expected = twin.layout.flatten(dict(zip(twin.layout.names, own, strict=True)))
+    difference = _relative(_gradient(functional, params[None], x, key)[0], expected)
+    if not difference <= 0.1 * AGREEMENT.get(expected.dtype, 5e-2):  # the same operations in the same order
+        raise ModelError(
+            f"{type(functional.module).__name__} gives a wrong gradient at parameters that are not its own (relative difference "
+            f"{difference:.1e}): something in its forward goes back to the module's own, as torch.utils.checkpoint does; remove it"
+        )
 
 
 def _differentiate_twice(functional: FunctionalModel, x: Tensor, key: Tensor) -> None:
-    def square(params: Tensor) -> Tensor:
-        return functional.predict(params, x[:1], key[:1]).square().sum()
-
-    params = functional.parameters()[None].requires_grad_()
     try:
-        _second_derivative(square, params)
+        _second_derivative(lambda at: functional.predict(at, x, key).square().sum(), functional.parameters()[None])
     except RuntimeError as error:
         where = _layer_without_derivatives(functional, x[0], key[0])
         raise ModelError(
             f"{where} cannot be differentiated twice ({_first_line(error)}); replace it, or freeze what comes before it and it by "
             "requires_grad_(False)"
         ) from error
+    # In float64, where differences are sharp: some kernels return second derivatives that are wrong.
+    double = FunctionalModel(copy.deepcopy(functional.module).double())
+    x = x.double() if x.is_floating_point() else x
+    try:
+        point = _moved(double.parameters())[None].requires_grad_()
+        gradient = _gradient(double, point, x, key, graph=True)
+        # Not along what has no gradient by rule, as the padding of an embedding.
+        along = _noise(point) * point.detach().abs().mean() * (gradient.detach() != 0)
+        (found,) = torch.autograd.grad((gradient * along).sum(), point, materialize_grads=True)
+        ahead, behind = (_gradient(double, point + step * along, x, key) for step in (1e-6, -1e-6))
+    except RuntimeError:  # it takes another type only
+        return
+    expected = (ahead - behind) / 2e-6
+    slack = 1e-6 * float(gradient.detach().norm())
+    if float((found - expected).norm()) > 0.01 * float(expected.norm()) + slack:
+        raise ModelError(
+            f"{type(functional.module).__name__} has wrong second derivatives (relative difference "
+            f"{_relative(found, expected):.1e} to differences of its gradient): some function in its forward does not support them; "
+            "replace it, or use a first-order algorithm"
+        )
 
 
 def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> None:
-    (gradient,) = torch.autograd.grad(function(at), at, create_graph=True)
+    """Raises RuntimeError where there is none."""
+    point = at.detach().requires_grad_()
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(function(point), point, create_graph=True, materialize_grads=True)
     if gradient.requires_grad:  # else the function is linear, and its second derivative zero
         _refuse_dead_ends(gradient)
-        torch.autograd.grad(gradient.sum(), at, allow_unused=True)
+        torch.autograd.grad(gradient.sum(), point, allow_unused=True)
 
 
 def _refuse_dead_ends(gradient: Tensor) -> None:
@@ -91,32 +143,46 @@ def _refuse_dead_ends(gradient: Tensor) -> None:
 
 
 def _vectorise(functional: FunctionalModel, x: Tensor, key: Tensor) -> None:
-    pair, keys = _roughened(x[[0, -1]]), key[[0, -1]]
-    params = functional.parameters().expand(2, -1)
+    pair, keys = x[[0, -1]], key[[0, -1]]
+    params = torch.stack([functional.parameters(), _moved(functional.parameters())])
     way_out = "set execution='loop' (run.execution: loop) to compute one task after the other"
+    single = [slice(t, t + 1) for t in (0, 1)]
     with torch.no_grad():
-        plain = torch.cat([functional.predict(params[t : t + 1], pair[t : t + 1], keys[t : t + 1]) for t in (0, 1)])
-        try:
+        plain = torch.cat([functional.predict(params[t], pair[t], keys[t]) for t in single])
+    slopes = torch.cat([_gradient(functional, params[t], pair[t], keys[t]) for t in single])
+    try:
+        with torch.no_grad():
             together = functional.predict(params, pair, keys)
-        except RuntimeError as error:
-            raise ModelError(
-                f"{type(functional.module).__name__} cannot be vectorised over tasks ({_first_line(error)}); {way_out}"
-            ) from error
-    scale = float(plain.abs().max()) or 1.0
-    difference = float((together - plain).abs().max()) / scale
-    if not difference <= AGREEMENT.get(plain.dtype, 5e-2):
+        slopes_together = _gradient(functional, params, pair, keys)
+    except RuntimeError as error:
         raise ModelError(
-            f"{type(functional.module).__name__} gives other outputs vectorised over tasks than for one task alone (relative "
-            f"difference {difference:.1e}); {way_out}"
-        )
+            f"{type(functional.module).__name__} cannot be vectorised over tasks ({_first_line(error)}); {way_out}"
+        ) from error
+    for what, found, expected in (("outputs", together, plain), ("gradients", slopes_together, slopes)):
+        difference = _relative(found, expected)
+        if not difference <= AGREEMENT.get(plain.dtype, 5e-2):
+            raise ModelError(
+                f"{type(functional.module).__name__} gives other {what} vectorised over tasks than for one task alone (relative "
+                f"difference {difference:.1e}); {way_out}"
+            )
+
+
+def _relative(found: Tensor, expected: Tensor) -> float:
+    return float((found - expected).norm()) / (float(expected.norm()) or 1.0)
+
+
+def _noise(like: Tensor) -> Tensor:
+    return torch.randn(like.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(like)
+
+
+def _moved(params: Tensor) -> Tensor:
+    """Other parameters near these."""
+    return params + 0.2 * (params.abs().mean() + 1e-3) * _noise(params)
 
 
 def _roughened(x: Tensor) -> Tensor:
     """Samples with some noise: normalisation of what is constant would enlarge rounding to any size."""
-    if not x.is_floating_point():
-        return x
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(x)
-    return x + 0.1 * (1.0 + x.abs().max()) * noise
+    return x + 0.1 * (1.0 + x.abs().max()) * _noise(x) if x.is_floating_point() else x
 
 
 def _odd_layer(functional: FunctionalModel, x: Tensor, key: Tensor) -> str:
@@ -141,7 +207,7 @@ def _layer_without_derivatives(functional: FunctionalModel, x: Tensor, key: Tens
             return sum((part.square().sum() for part in _tensors(output)), at.new_zeros(()))
 
         try:
-            _second_derivative(square, numbers[0].clone().requires_grad_())
+            _second_derivative(square, numbers[0])
         except RuntimeError:
             return _named(name, layer)
     return _named("", functional.module)

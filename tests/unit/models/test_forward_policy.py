@@ -184,3 +184,33 @@ def test_attention_weights_are_dropped_by_the_key(need_weights):
     assert count == 1
     assert torch.equal(first, again) and not torch.equal(first, other)
     torch.testing.assert_close(run(None)[0], layer.eval()(x, x, x)[0], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dim", [0, 1, -1])
+def test_weight_normalisation_is_that_of_torch_with_a_right_second_derivative(dim):
+    v, g = draw(3, 4), draw(4, seed=1)
+    g = {0: g[:3, None], 1: g[None], -1: g[0]}[dim].clone()
+
+    def run(v, g):
+        with ForwardPolicy():
+            return torch._weight_norm(v, g, dim)
+
+    expected = g * v / (v.norm() if dim == -1 else v.norm(dim=1 - dim, keepdim=True))
+    torch.testing.assert_close(run(v, g), expected, rtol=1e-12, atol=1e-12)
+    torch.autograd.gradgradcheck(lambda v, g: run(v, g) ** 2, (v.requires_grad_(), g.requires_grad_()))
+
+
+@pytest.mark.parametrize("padding", [2, -1])
+def test_padding_of_an_embedding_has_no_gradient_also_where_tasks_are_vectorised(padding):
+    functional = FunctionalModel(nn.Embedding(4, 3, padding_idx=padding).double())
+    tokens = torch.tensor([[[0, 2], [3, 1]], [[2, 2], [3, 0]]])
+    params = (functional.parameters() + draw(2, 12)).requires_grad_()
+    (together,) = torch.autograd.grad(functional.predict(params, tokens).square().sum(), params)
+    alone = [
+        torch.autograd.grad(functional.predict(params[t : t + 1], tokens[t : t + 1]).square().sum(), params)[0]
+        for t in (0, 1)
+    ]
+    torch.testing.assert_close(together, alone[0] + alone[1], rtol=0, atol=0)
+    rows = together.reshape(2, 4, 3).abs().sum(-1) > 0
+    assert not rows[:, padding].any()
+    assert rows[0].sum() == 3

@@ -3,8 +3,9 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from imaml_dist import IMAML, MetaLearner
+from imaml_dist import FOMAML, IMAML, MetaLearner
 from imaml_dist.errors import ModelError
 from imaml_dist.tasks.episode import EpisodeBatch
 
@@ -52,6 +53,37 @@ class Branching(nn.Module):
         return x * 2 if float(x.detach().sum()) > -1e9 else x
 
 
+class Recomputing(nn.Linear):
+    """Computes its forward pass again in the backward pass, with whatever parameters the module has then."""
+
+    def __init__(self):
+        super().__init__(5, 5)
+
+    def forward(self, x):
+        return checkpoint(lambda v: torch.tanh(super(Recomputing, self).forward(v)), x, use_reentrant=False)
+
+
+class HalfRight(torch.autograd.Function):
+    """x^3 whose second derivative is half of what it should be."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x * x.detach() * gradient
+
+    generate_vmap_rule = True
+
+
+class Wrong(nn.Module):
+    def forward(self, x):
+        return HalfRight.apply(x)
+
+
 def learner(layer, execution="vmap"):
     torch.manual_seed(0)
     return MetaLearner(
@@ -72,9 +104,11 @@ def episodes(seed=0):
         (Noise(), "loop", r"layer '2' \(Noise\) gives different outputs for the same input"),
         (Counting(), "loop", r"layer '2' \(Counting\) changes '2\.calls' whenever it is called; call \.eval\(\)"),
         (Once(), "loop", r"layer '2' \(Once\) cannot be differentiated twice .*once_differentiable.*; replace it"),
+        (Recomputing(), "loop", r"Sequential gives a wrong gradient at parameters that are not its own .*checkpoint"),
+        (Wrong(), "loop", r"Sequential has wrong second derivatives \(relative difference"),
         (Branching(), "vmap", r"Sequential cannot be vectorised over tasks .*; set execution='loop'"),
     ],
-    ids=["random", "state", "one-derivative", "not-vectorised"],
+    ids=["random", "state", "one-derivative", "recomputing", "wrong-derivative", "not-vectorised"],
 )
 def test_what_cannot_work_is_refused_at_the_first_meta_gradient(layer, execution, says):
     subject = learner(layer, execution)
@@ -96,3 +130,9 @@ def test_it_waits_for_a_task_that_can_be_computed():
     assert subject.meta_gradient(bad).tasks.outcome.tolist() != [0, 0]
     with pytest.raises(ModelError, match="Noise"):
         subject.meta_gradient(episodes())
+
+
+def test_first_order_algorithms_need_no_second_derivatives():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), Once(), nn.Linear(5, 3))
+    assert MetaLearner(model, FOMAML(), execution="loop").meta_gradient(episodes()).tasks.outcome.tolist() == [0, 0]
