@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from imaml_dist.algorithms.problem import Samples, TaskProblem, cross_entropy
+from imaml_dist.algorithms.loss import cross_entropy
+from imaml_dist.algorithms.problem import Samples, TaskProblem
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.linear.dual import dual_gauss_newton
 from imaml_dist.core.linear.solution import LinearSolution

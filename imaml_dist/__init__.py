@@ -6,9 +6,9 @@ from imaml_dist.algorithms.imaml import IMAML
 from imaml_dist.algorithms.inner import Adam, GradientDescent, Momentum, NewtonCG
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.algorithms.linear import ConjugateGradient, Direct, Dual, Minres, Neumann, Nystrom
+from imaml_dist.algorithms.loss import cross_entropy, mean_squared_error
 from imaml_dist.algorithms.maml import MAML
 from imaml_dist.algorithms.meta_sgd import MetaSGD
-from imaml_dist.algorithms.problem import cross_entropy, mean_squared_error
 from imaml_dist.algorithms.reptile import Reptile
 from imaml_dist.algorithms.strength import ProximalStrength
 from imaml_dist.core.curvature import gauss_newton_operator, hessian_operator

@@ -4,6 +4,8 @@ A message says where, what was given, what is allowed and what to do. Each class
 only argument, so that every error survives pickling on its way back from a worker process.
 """
 
+from textwrap import shorten
+
 
 class ImamlError(Exception):
     """Root of all errors raised on purpose; `exit_code` is what the command line returns for it."""
@@ -27,6 +29,10 @@ class DataError(InputError):
 
 class ModelError(InputError):
     """A model cannot be meta-trained as it is; the message names the layer."""
+
+
+class LossError(InputError):
+    """A loss cannot be meta-trained with."""
 
 
 class CheckpointError(InputError):
@@ -55,3 +61,8 @@ class TrainingError(ImamlError):
     """Training gave up; the message has the reason and the last good checkpoint."""
 
     exit_code = 4
+
+
+def brief(error: BaseException) -> str:
+    """Another library's error, to be quoted within a sentence: one line, not too long."""
+    return f"{type(error).__name__}: {shorten(str(error), 200, placeholder=' ...')}"

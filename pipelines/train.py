@@ -19,7 +19,7 @@ from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, resolve
 from imaml_dist.distributed.worker import Stop
-from imaml_dist.errors import InputError, ModelError, TrackingError
+from imaml_dist.errors import InputError, LossError, ModelError, TrackingError, brief
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.tracking.metrics_file import Follower
@@ -95,7 +95,7 @@ def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Data
             make_source(config, dataset, split)
     learner = make_learner(config, dataset.index.image_shape)
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
-        _try_model(learner, make_source(config, dataset, "train"))
+        _try_model(config, learner, make_source(config, dataset, "train"))
     source = config.warm_start
     if source.path is not None and (fresh or not checkpoints.steps(run.checkpoints)):  # a resumed run needs it no more
         warm_start.check_outside(source.path, run.path)
@@ -103,7 +103,7 @@ def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Data
     return dataset
 
 
-def _try_model(learner: MetaLearner, source: TaskSource) -> None:
+def _try_model(config: ExperimentConfig, learner: MetaLearner, source: TaskSource) -> None:
     """Two tasks through a user's network and loss: what does not fit must be known before workers start."""
     episodes = source.episodes(0, range(2)).to(next(learner.model.parameters()).device)
     try:
@@ -111,10 +111,12 @@ def _try_model(learner: MetaLearner, source: TaskSource) -> None:
         learner.task_gradients(episodes)
     except ModelError as error:
         raise ModelError(f"model.kind: {error}") from error
+    except LossError as error:
+        raise LossError(f"{'model.kind' if config.loss == 'cross_entropy' else 'loss'}: {error}") from error
     except Exception as error:  # it is the user's code, and may raise anything
         raise ModelError(
-            f"model.kind: the network cannot be meta-trained ({type(error).__name__}: {error}); it must map float32 images "
-            f"[n, C, H, W] to one logit per class [n, N], and be twice differentiable"
+            f"model.kind: the network cannot be meta-trained ({brief(error)}); it must map float32 images [n, C, H, W] to one logit "
+            "per class [n, N], and be twice differentiable"
         ) from error
 
 

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from imaml_dist.algorithms.algorithm import Algorithm
-from imaml_dist.algorithms.problem import Loss, Samples, TaskProblem, cross_entropy
+from imaml_dist.algorithms.loss import Loss, cross_entropy, preflight_loss
+from imaml_dist.algorithms.problem import Samples, TaskProblem
 from imaml_dist.algorithms.record import TaskGradients, TaskRecord, task_outcome
 from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.core.vector import ParameterLayout
-from imaml_dist.errors import ModelError
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.masks import derived_key
 from imaml_dist.models.preflight import preflight
@@ -152,24 +152,13 @@ class MetaLearner:
             episodes: T >= 1 tasks with finite samples, on the model's device.
 
         Raises:
-            ModelError: it cannot; the message names the layer and the way out (`models.preflight`). Or the loss is not one
-                number per task.
+            ModelError: it cannot; the message names the layer and the way out (`models.preflight`).
+            LossError: the loss is not one number per task, each of its own outputs (`algorithms.loss`).
         """
-        preflight(
-            self.functional,
-            episodes.support_x,
-            episodes.key,
-            vectorised=self.execution == "vmap",
-            twice=not getattr(self.algorithm, "first_order", False),
-        )
-        with torch.no_grad():
-            params = self.functional.parameters().expand(len(episodes), -1)
-            found = self.loss(self.functional.predict(params, episodes.support_x, episodes.key), episodes.support_y)
-        if found.shape != (len(episodes),):
-            raise ModelError(
-                f"the loss of {len(episodes)} tasks has shape {tuple(found.shape)}, should have ({len(episodes)},): the mean over the "
-                "samples of each task, not over tasks"
-            )
+        twice = not getattr(self.algorithm, "first_order", False)
+        vectorised = self.execution == "vmap"
+        preflight(self.functional, episodes.support_x, episodes.key, vectorised=vectorised, twice=twice)
+        preflight_loss(self.loss, self._support_outputs(episodes[:1]), episodes.support_y[:1], twice=twice)
         self._tried = True
 
     def _problem(
@@ -191,8 +180,8 @@ class MetaLearner:
         valid = validity(episodes, self._outputs(episodes))
         usable = sanitised(episodes, valid)
         try:
-            if not self._tried and bool(valid.any()):
-                self.preflight(usable.chosen(valid))
+            if not self._tried:
+                self._preflight_where_finite(usable.chosen(valid))
             rows, tasks = self._compute(usable, valid, theta, clock)
         except torch.OutOfMemoryError:
             tasks = TaskRecord.lost(len(episodes), TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
@@ -217,6 +206,17 @@ class MetaLearner:
         rows = torch.cat([meta.gradient, *own], dim=1) if own else meta.gradient
         rows = torch.where((outcome == int(TaskOutcome.OK))[:, None], rows, 0.0)
         return rows, TaskRecord.of(outcome, inner, meta, problem.query_accuracy(), problem.anchor)
+
+    def _preflight_where_finite(self, episodes: EpisodeBatch) -> None:
+        """With the first task that the model gives finite outputs for: what is bad about the others is said task by task."""
+        for t in range(len(episodes)):
+            if self._support_outputs(episodes[t : t + 1]).isfinite().all():
+                self.preflight(episodes[t : t + 1])
+                return
+
+    def _support_outputs(self, episode: EpisodeBatch) -> Tensor:
+        with torch.no_grad():
+            return self.functional.predict(self.functional.parameters()[None], episode.support_x, episode.key)
 
     def _outputs(self, episodes: EpisodeBatch) -> int | None:
         """Number of classes the model tells apart, by which labels are checked; None where targets are no labels."""

@@ -7,31 +7,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy as torch_cross_entropy
 
+from imaml_dist.algorithms.loss import Loss
 from imaml_dist.core.curvature import GaussNewton, Objective, gauss_newton_operator
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.masks import derived_key
-
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""`(outputs [T, n, ...], targets [T, n, ...]) -> [T]`, the mean over each task's samples."""
-
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean cross entropy per task: `[T, n, C]` logits, `[T, n]` labels -> `[T]`."""
-    losses = torch_cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
-    return losses.reshape(labels.shape).mean(-1)
-
-
-def mean_squared_error(outputs: Tensor, targets: Tensor) -> Tensor:
-    """Mean squared error per task over samples and components: `[T, n, ...]`, `[T, n, ...]` -> `[T]`.
-
-    Raises:
-        ValueError: the shapes differ; they would be broadcast against each other.
-    """
-    if outputs.shape != targets.shape:
-        raise ValueError(f"outputs {tuple(outputs.shape)} and targets {tuple(targets.shape)} must have one shape")
-    return (outputs - targets).square().flatten(1).mean(-1)
 
 
 @dataclass(frozen=True)

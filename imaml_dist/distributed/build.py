@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from imaml_dist.algorithms.learner import Execution, MetaLearner
-from imaml_dist.algorithms.problem import Loss, cross_entropy
+from imaml_dist.algorithms.loss import Loss, cross_entropy
 from imaml_dist.config.schema import (
     Conv4Config,
     ExperimentConfig,
@@ -19,7 +19,7 @@ from imaml_dist.config.schema import (
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import EpisodeSource
 from imaml_dist.distributed.build_algorithm import make_algorithm
-from imaml_dist.errors import ConfigError
+from imaml_dist.errors import ConfigError, brief
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
 
@@ -77,7 +77,7 @@ def _from_factory(model: UserModelConfig, image_shape: tuple[int, int, int], way
         )
     except Exception as error:  # it is the user's code, and may raise anything
         raise ConfigError(
-            f"model.kind: {model.kind!r} cannot be used ({type(error).__name__}: {error}); it must be an importable function "
+            f"model.kind: {model.kind!r} cannot be used ({brief(error)}); it must be an importable function "
             "called as factory(image_shape=(C, H, W), way=N, **other model fields)"
         ) from error
     if not isinstance(made, nn.Module):
@@ -89,16 +89,18 @@ def make_loss(name: str) -> Loss:
     """Cross entropy, or a user's own function.
 
     Raises:
-        ConfigError: it cannot be imported.
+        ConfigError: it cannot be imported, or is no function.
     """
     if name == "cross_entropy":
         return cross_entropy
     module_name, _, function = name.partition(":")
     try:
         loss: Loss = getattr(importlib.import_module(module_name), function)
+        if not callable(loss):
+            raise TypeError(f"{type(loss).__name__} is not callable")
     except Exception as error:  # it is the user's code, and may raise anything
         raise ConfigError(
-            f"loss: {name!r} cannot be imported ({type(error).__name__}: {error}); it must be a function of outputs [T, n, N] and "
+            f"loss: {name!r} cannot be used ({brief(error)}); it must be an importable function of outputs [T, n, N] and "
             "labels [T, n] that returns the loss of each task [T]"
         ) from error
     return loss

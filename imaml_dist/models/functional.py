@@ -154,7 +154,12 @@ class FunctionalModel:
         for counter in self._counters:  # training-mode layers count their calls, here in a copy that is thrown away
             replaced[counter] = self.module.get_buffer(counter).clone()
         with policy:
-            return functional_call(self.module, replaced, (x,), tie_weights=False)  # type: ignore[no-any-return]
+            outputs = functional_call(self.module, replaced, (x,), tie_weights=False)
+        if not isinstance(outputs, Tensor):
+            raise ModelError(
+                f"{type(self.module).__name__} returns {type(outputs).__name__}, should return one tensor of outputs"
+            )
+        return outputs
 
 
 def _over_tasks(single: Callable[..., Tensor], params: Tensor, *arguments: object) -> Tensor:

@@ -13,7 +13,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
-from imaml_dist.errors import ModelError
+from imaml_dist.errors import ModelError, brief
 from imaml_dist.models.forward_policy import ForwardPolicy
 from imaml_dist.models.functional import FunctionalModel
 
@@ -43,6 +43,11 @@ def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised
     params = functional.parameters()[None]
     with torch.no_grad():
         first, second = (functional.predict(params, x[:1], key[:1]) for _ in range(2))
+    if first.shape[:2] != x[:1].shape[:2]:
+        raise ModelError(
+            f"{type(functional.module).__name__} gives outputs of shape {tuple(first.shape[1:])} for {x.shape[1]} samples, should give "
+            "one row for each"
+        )
     if not _same(first, second):
         raise ModelError(
             f"{_odd_layer(functional, x[0], key[0])} gives different outputs for the same input, so the support loss would have no "
@@ -54,6 +59,13 @@ def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised
                 f"{_owner(functional.module, name)} changes {name!r} whenever it is called; call .eval() on it, or let its forward leave "
                 "its state alone"
             )
+    if not first.isfinite().all():
+        raise ModelError(f"{type(functional.module).__name__} gives outputs that are not finite for finite samples")
+    if not functional.predict(params.requires_grad_(), x[:1], key[:1]).requires_grad:
+        raise ModelError(
+            f"the outputs of {type(functional.module).__name__} do not depend on its parameters, so nothing could be learned; do not "
+            "detach them, nor compute them under torch.no_grad()"
+        )
     rough = _roughened(x)
     _compare_with_module(functional, rough[:1], key[:1])
     if twice:
@@ -90,11 +102,11 @@ def _compare_with_module(functional: FunctionalModel, x: Tensor, key: Tensor) ->
 
 def _differentiate_twice(functional: FunctionalModel, x: Tensor, key: Tensor) -> None:
     try:
-        _second_derivative(lambda at: functional.predict(at, x, key).square().sum(), functional.parameters()[None])
+        second_derivative(lambda at: functional.predict(at, x, key).square().sum(), functional.parameters()[None])
     except RuntimeError as error:
         where = _layer_without_derivatives(functional, x[0], key[0])
         raise ModelError(
-            f"{where} cannot be differentiated twice ({_first_line(error)}); replace it, or freeze what comes before it and it by "
+            f"{where} cannot be differentiated twice ({brief(error)}); replace it, or freeze what comes before it and it by "
             "requires_grad_(False)"
         ) from error
     # In float64, where differences are sharp: some kernels return second derivatives that are wrong.
@@ -119,7 +131,7 @@ def _differentiate_twice(functional: FunctionalModel, x: Tensor, key: Tensor) ->
         )
 
 
-def _second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> None:
+def second_derivative(function: Callable[[Tensor], Tensor], at: Tensor) -> None:
     """Raises RuntimeError where there is none."""
     point = at.detach().requires_grad_()
     with torch.enable_grad():
@@ -156,7 +168,7 @@ def _vectorise(functional: FunctionalModel, x: Tensor, key: Tensor) -> None:
         slopes_together = _gradient(functional, params, pair, keys)
     except RuntimeError as error:
         raise ModelError(
-            f"{type(functional.module).__name__} cannot be vectorised over tasks ({_first_line(error)}); {way_out}"
+            f"{type(functional.module).__name__} cannot be vectorised over tasks ({brief(error)}); {way_out}"
         ) from error
     for what, found, expected in (("outputs", together, plain), ("gradients", slopes_together, slopes)):
         difference = _relative(found, expected)
@@ -207,7 +219,7 @@ def _layer_without_derivatives(functional: FunctionalModel, x: Tensor, key: Tens
             return sum((part.square().sum() for part in _tensors(output)), at.new_zeros(()))
 
         try:
-            _second_derivative(square, numbers[0])
+            second_derivative(square, numbers[0])
         except RuntimeError:
             return _named(name, layer)
     return _named("", functional.module)
@@ -253,7 +265,3 @@ def _owner(module: nn.Module, tensor: str) -> str:
 
 def _named(name: str, layer: nn.Module) -> str:
     return f"layer {name or '(root)'!r} ({type(layer).__name__})"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

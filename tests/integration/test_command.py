@@ -211,7 +211,7 @@ def test_paths_that_are_not_what_they_should_be(data, tmp_path):
         assert len(output.strip().splitlines()) == 1, output
 
 
-def test_a_network_that_does_not_fit_is_refused_before_anything_starts(data, tmp_path):
+def test_a_network_or_loss_that_does_not_fit_is_refused_before_anything_starts(data, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data)
     (tmp_path / "mine.py").write_text(
         "import torch\n"
@@ -221,10 +221,18 @@ def test_a_network_that_does_not_fit_is_refused_before_anything_starts(data, tmp
         "    def forward(self, x): return self.l(x.flatten(1)) + torch.randn(())\n"
         "def noisy(image_shape, way): return Noisy()\n"
         "def wrong(image_shape, way): return nn.Linear(5, way)\n"
+        "def raising(outputs, labels): raise ValueError('two\\nlines')\n"
+        "def over_tasks(outputs, labels): return outputs.mean()\n"
     )
-    for name, says in {"noisy": "different outputs for the same input", "wrong": "cannot be meta-trained"}.items():
-        code, output = imaml("train", str(config), "--set", f"model={{kind: 'mine:{name}'}}", cwd=tmp_path)
-        assert (code, says in output) == (2, True), output
+    for override, says in {
+        "model={kind: 'mine:noisy'}": "model.kind: layer '(root)' (Noisy) gives different outputs for the same input",
+        "model={kind: 'mine:wrong'}": "model.kind: the network cannot be meta-trained",
+        "loss=mine:raising": "cannot be computed (ValueError: two lines)",
+        "loss=mine:over_tasks": "should be a tensor of shape (2,): the mean over the samples of each task",
+    }.items():
+        code, output = imaml("train", str(config), "--set", override, cwd=tmp_path)
+        assert (code, says in " ".join(output.split())) == (2, True), output
+        assert len(output.strip().splitlines()) == 1, output
 
 
 def test_other_mistakes_with_run_directories(data, tmp_path, finished):

@@ -13,7 +13,6 @@ from imaml_dist import (
     TaskOutcome,
     evaluate,
 )
-from imaml_dist.algorithms.problem import cross_entropy
 from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.models.mlp import MLP
@@ -148,12 +147,6 @@ def test_negative_curvature_policies(policy):
     else:
         assert (out.tasks.cg_outcome == 2).all()
         torch.testing.assert_close(out.tasks.cosine, torch.ones(2, dtype=torch.float64))
-
-
-def test_the_loss_is_the_mean_cross_entropy_of_each_task():
-    logits, labels = torch.randn(3, 5, 4), torch.randint(0, 4, (3, 5))
-    expected = torch.stack([torch.nn.functional.cross_entropy(z, y) for z, y in zip(logits, labels, strict=True)])
-    torch.testing.assert_close(cross_entropy(logits, labels), expected)
 
 
 def test_backward_feeds_any_torch_optimiser_and_training_helps():

@@ -6,9 +6,10 @@ from helpers.runs import tiny
 
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_loss, make_source
-from imaml_dist.errors import ConfigError, ModelError
+from imaml_dist.errors import ConfigError, LossError
 
 LOSSES = """
+constant = 5
 from torch.nn.functional import cross_entropy
 def smoothed(outputs, labels):
     return cross_entropy(outputs.flatten(0, 1), labels.flatten(), reduction="none", label_smoothing=0.1).reshape(labels.shape).mean(-1)
@@ -36,10 +37,10 @@ def test_a_loss_of_ones_own_is_what_is_minimised(data, losses):
 
 
 def test_a_loss_that_cannot_be_imported_or_is_not_one_number_a_task_is_refused(data, losses):
-    for name in ("no_such_module:f", "my_losses:missing"):
-        with pytest.raises(ConfigError, match=rf"loss: '{name}' cannot be imported .*outputs \[T, n, N\]"):
+    for name in ("no_such_module:f", "my_losses:missing", "my_losses:constant"):
+        with pytest.raises(ConfigError, match=rf"loss: '{name}' cannot be used .*outputs \[T, n, N\]"):
             make_loss(name)
     config = tiny(data, "loss=my_losses:over_all")
     source = make_source(config, Dataset(config.data.url), "train")
-    with pytest.raises(ModelError, match=r"the loss of 2 tasks has shape \(\), should have \(2,\)"):
+    with pytest.raises(LossError, match=r"the loss of 2 tasks, .*, has shape \(\), should be a tensor of shape \(2,\)"):
         make_learner(config, source.image_shape).preflight(source.episodes(0, range(2)))

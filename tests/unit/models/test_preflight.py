@@ -84,6 +84,43 @@ class Wrong(nn.Module):
         return HalfRight.apply(x)
 
 
+class Pair(nn.Linear):
+    """Returns its features too."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return super().forward(x), x
+
+
+class Pooling(nn.Linear):
+    """One output for all samples."""
+
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return super().forward(x).mean(0, keepdim=True)
+
+
+class Undefined(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        return super().forward(x).sub(1e6).log()
+
+
+class Detached(nn.Linear):
+    def __init__(self):
+        super().__init__(4, 3)
+
+    def forward(self, x):
+        with torch.no_grad():
+            return super().forward(x)
+
+
 def learner(layer, execution="vmap"):
     torch.manual_seed(0)
     return MetaLearner(
@@ -117,6 +154,28 @@ def test_what_cannot_work_is_refused_at_the_first_meta_gradient(layer, execution
     assert "\n" not in str(caught.value)
     with pytest.raises(ModelError, match=says):
         learner(layer, execution).preflight(episodes())
+
+
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        (Pair(), "Pair returns tuple, should return one tensor"),
+        (Pooling(), r"Pooling gives outputs of shape \(1, 3\) for 6 samples, should give one row for each"),
+        (Undefined(), "Undefined gives outputs that are not finite for finite samples"),
+        (Detached(), "the outputs of Detached do not depend on its parameters"),
+    ],
+    ids=["tuple", "pooled", "not-finite", "detached"],
+)
+def test_outputs_that_are_none_are_refused(model, says):
+    with pytest.raises(ModelError, match=says):
+        MetaLearner(model, IMAML(0.5)).preflight(episodes())
+
+
+def test_samples_too_large_for_the_model_are_bad_tasks_and_no_fault_of_it():
+    """Finite pixels whose outputs overflow: the first task that the model can compute is the one it is tried with."""
+    subject, huge = learner(nn.Identity(), "loop"), episodes()
+    huge.support_x[0] = 1e38
+    assert subject.meta_gradient(huge).tasks.outcome.tolist()[1] == 0
 
 
 def test_what_cannot_be_vectorised_works_one_task_at_a_time():

@@ -5,7 +5,8 @@ import torch
 from helpers.problems import dense_gauss_newton
 from torch import nn
 
-from imaml_dist.algorithms.problem import Samples, TaskProblem, cross_entropy, mean_squared_error
+from imaml_dist.algorithms.loss import cross_entropy, mean_squared_error
+from imaml_dist.algorithms.problem import Samples, TaskProblem
 from imaml_dist.core.curvature import GaussNewton
 from imaml_dist.core.linear.dual import dual_gauss_newton
 from imaml_dist.core.linear.solution import Outcome
