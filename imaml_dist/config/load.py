@@ -184,9 +184,14 @@ def _sentence(error: Any, raw: Any) -> str:
         return f"{path}: is missing; add it, for example `{path}: ...`"
     if kind == "extra_forbidden":
         return f"{path}: is not a known field; {_nearest(path, section)}"
-    if kind == "kind":
-        path, given = f"{path}.kind", given.get("kind") if isinstance(given, dict) else given
     allowed = str(error["msg"]).replace("Input should", "should")
+    if kind == "kind" and isinstance(given, dict):
+        path, given = f"{path}.kind", given.get("kind")
+    elif kind == "kind":
+        allowed = allowed.replace("should be", "should be a mapping whose kind is")
+    elif kind in ("model_type", "float_type") and (fields := _fields_at(path, None)):
+        number = "a number, or " if kind == "float_type" else ""
+        allowed = f"should be {number}a mapping of {', '.join(fields)}"
     shown = "null" if given is None else repr(given)
     return f"{path}: {shown[:80]} given, {allowed}"
 
@@ -198,7 +203,7 @@ def _dotted(location: Sequence[Any], raw: Any) -> tuple[str, Any]:
     for index, part in enumerate(location):
         # The tag of a union of sections, or of a number and a section.
         inside = isinstance(value, dict) and part not in value and index < len(location) - 1
-        if inside or (parts and not isinstance(value, (dict, list))):
+        if inside or (parts and not isinstance(value, (dict, list))) or (isinstance(value, list) and part == "number"):
             continue
         parts.append(str(part))
         section = value

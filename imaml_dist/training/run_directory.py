@@ -182,7 +182,8 @@ def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -
             f"run.steps: {new.run.steps} given, but the run in {where} was begun with {old.run.steps}, and with outer.schedule "
             f"{new.outer.schedule!r} every step's rate depends on it; restore the old value, or start over with --fresh"
         )
-    for field in sorted(before.keys() | after.keys()):
+    # A kind first: the fields below it differ because of it.
+    for field in sorted(before.keys() | after.keys(), key=lambda name: (not name.endswith(".kind"), name)):
         if before.get(field) != after.get(field) and not any(
             field == r or field.startswith(r + ".") for r in RESUMABLE
         ):

@@ -72,7 +72,10 @@ def test_a_model_of_the_users_own_keeps_its_fields():
         ("algorithm.lam=0", r"algorithm\.lam: 0 given, should be greater than 0"),
         ("algorithm.lam=-1.5", r"algorithm\.lam: -1\.5 given, should be greater than 0"),
         ("algorithm.lam=.nan", r"algorithm\.lam: nan given, should be a finite number"),
-        ("algorithm.lam='0.1'", r"algorithm\.lam: '0\.1' given, should be a valid number"),
+        ("algorithm.lam='0.1'", r"algorithm\.lam: '0\.1' given, should be a number, or a mapping of init, kind, learn"),
+        ("algorithm.lam=[1]", r"algorithm\.lam: \[1\] given, should be a number, or a mapping"),
+        ("algorithm=maml", r"algorithm: 'maml' given, should be a mapping whose kind is 'imaml', 'maml'"),
+        ("warm_start=runs/a", r"warm_start: 'runs/a' given, should be a mapping of path, skip"),
         ("algorithm.lam=true", r"algorithm\.lam: True given"),
         ("algorithm.lam=", r"algorithm\.lam: null given"),
         ("run.steps=1.5", r"run\.steps: 1\.5 given, should be a valid integer"),
@@ -171,7 +174,7 @@ def test_lambda_is_a_number_or_a_section():
     assert (c.algorithm.lam.kind, c.algorithm.lam.init, c.algorithm.lam.learn) == ("scalar", 0.3, True)
     for wrong, message in [
         ("-1", r"algorithm\.lam: -1 given, should be greater than 0"),
-        ("abc", r"algorithm\.lam: 'abc' given, should be a valid number"),
+        ("abc", r"algorithm\.lam: 'abc' given, should be a number, or a mapping of init"),
         ("{kind: diag}", r"algorithm\.lam\.kind: 'diag' given, should be 'scalar'"),
         ("{init: 0}", r"algorithm\.lam\.init: 0 given, should be greater than 0"),
     ]:

@@ -49,6 +49,7 @@ def test_what_does_not_change_a_meta_step_may_change(tmp_path, override):
     ("override", "field"),
     [
         ("algorithm.lam=0.3", r"algorithm\.lam: 0\.3 given, .* begun with 0\.1"),
+        ("algorithm.kind=anil", r"algorithm\.kind: 'anil' given, .* begun with 'imaml'"),
         ("run.chunk=8", r"run\.chunk"),
         ("run.threads=2", r"run\.threads"),
         ("run.seed=1", r"run\.seed"),
