@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.blobs import WAY, Blobs
+from helpers.models import OnceOnly
 from torch.nn.functional import cross_entropy as torch_cross_entropy
 
 from imaml_dist import FOMAML, IMAML, GradientDescent, MetaLearner, cross_entropy, mean_squared_error
@@ -14,18 +15,6 @@ from imaml_dist.models.mlp import MLP
 def given():
     generator = torch.Generator().manual_seed(0)
     return torch.randn(3, 6, 4, generator=generator), torch.randint(4, (3, 6), generator=generator)
-
-
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
 
 
 def raises(outputs, labels):

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from helpers.models import OnceOnly
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -25,20 +26,6 @@ class Counting(nn.Module):
     def forward(self, x):
         self.calls += 1
         return x
-
-
-class OnceOnly(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
-
-    generate_vmap_rule = True
 
 
 class Once(nn.Module):
