@@ -53,6 +53,10 @@ class TrackingError(OutsideError):
     """The tracking server cannot be reached or refuses."""
 
 
+class KernelError(OutsideError):
+    """Kernels of our own cannot be compiled or loaded on this machine."""
+
+
 class ClusterError(OutsideError):
     """Ray cannot be started or reached, or does not offer what a run needs."""
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_deterministic, make_learner, make_source
+from imaml_dist.distributed.build import make_learner, make_source, prepare_process
 from imaml_dist.errors import ConfigError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
-from pipelines import console
+from pipelines import console, kernels
 
 
 def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
@@ -34,7 +34,9 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
     config = run.config()
     if config.run.device == "cuda" and not torch.cuda.is_available():
         config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
-    make_deterministic(config)
+    if config.run.execution == "native" and not kernels.usable():
+        config = config.model_copy(update={"run": config.run.model_copy(update={"execution": "vmap"})})
+    prepare_process(config)
     source = make_source(config, Dataset(config.data.url), split)
     learner = make_learner(config, source.image_shape)
     step = run.best_checkpoint()

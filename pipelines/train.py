@@ -26,7 +26,7 @@ from imaml_dist.tracking.metrics_file import Follower
 from imaml_dist.tracking.mlflow_run import MlflowRun
 from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.run_directory import RunDirectory
-from pipelines import console
+from pipelines import console, kernels
 from pipelines.summary import show_summary, summary
 from pipelines.tracking import finish_tracking, mlflow_run
 
@@ -46,7 +46,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fre
         ImamlError: see the exit codes in `imaml_dist.errors`.
     """
     sys.path.insert(0, os.getcwd())  # a user's own model factory lies beside their configuration
-    config = resolve(load_config(config_path, overrides), cuda=torch.cuda.is_available())
+    config = resolve(load_config(config_path, overrides), cuda=torch.cuda.is_available(), native=kernels.usable)
     run = RunDirectory(run_dir or Path("runs") / config.name)
     dataset = _preflight(config, run, fresh)
     run.check_usable()

@@ -23,7 +23,7 @@ from imaml_dist.models.preflight import preflight
 from imaml_dist.tasks.episode import EpisodeBatch
 from imaml_dist.tasks.validity import sanitised, validity
 
-Execution = Literal["vmap", "loop"]
+Execution = Literal["vmap", "loop", "native"]
 
 OWN = "algorithm."
 """What the algorithm's own learned parameters are named with, among the model's."""
@@ -48,14 +48,15 @@ class MetaLearner:
         model: any nn.Module (`FunctionalModel` says what happens to normalisation, dropout, buffers).
         algorithm: `IMAML(...)`, `MAML(...)`, `FOMAML(...)`, `Reptile(...)`, `ANIL(...)`, `MetaSGD(...)`, or one's own.
         loss: `(outputs [T, n, ...], targets) -> [T]`.
-        execution: `vmap` evaluates all given tasks in one vectorised call (GPUs), `loop` one after the other (CPUs).
-            Results agree to rounding only, so it is part of a run's configuration.
+        execution: `vmap` evaluates all given tasks in one vectorised call, `loop` one after the other, both by torch's kernels;
+            `native` all in one call with convolutions and batch normalisations by our own (CPUs; needs a C++ compiler
+            once). Results agree to rounding only, so it is part of a run's configuration.
     """
 
     def __init__(
         self, model: nn.Module, algorithm: Algorithm, loss: Loss = cross_entropy, execution: Execution = "loop"
     ) -> None:
-        self.functional = FunctionalModel(model)
+        self.functional = FunctionalModel(model, native=execution == "native")
         self.algorithm = algorithm
         self.loss = loss
         self.execution = execution
@@ -127,7 +128,7 @@ class MetaLearner:
             theta: meta-parameters `[P + R]`; the learner's own when None.
         """
         theta = self.meta_parameters() if theta is None else theta
-        if self.execution == "vmap" or len(episodes) == 1:
+        if self.execution != "loop" or len(episodes) == 1:
             return self._batch_gradients(episodes, theta)
         return TaskGradients.joined([self._batch_gradients(episodes[t : t + 1], theta) for t in range(len(episodes))])
 
@@ -156,7 +157,7 @@ class MetaLearner:
             LossError: the loss is not one number per task, each of its own outputs (`algorithms.loss`).
         """
         twice = not getattr(self.algorithm, "first_order", False)
-        vectorised = self.execution == "vmap"
+        vectorised = self.execution != "loop"
         preflight(self.functional, episodes.support_x, episodes.key, vectorised=vectorised, twice=twice)
         preflight_loss(self.loss, self._support_outputs(episodes[:1]), episodes.support_y[:1], twice=twice)
         self._tried = True

@@ -132,8 +132,8 @@ class RunConfig(Section):
     workers: int = Field(2, ge=1, le=1 << 16)
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads per worker."""
-    execution: Literal["auto", "vmap", "loop"] = "auto"
-    """Tasks of a chunk in one vectorised call, or one after the other; resolved when the run begins."""
+    execution: Literal["auto", "native", "vmap", "loop"] = "auto"
+    """Tasks of a chunk in one call by our own CPU kernels or by torch's, or one after the other; resolved when the run begins."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Resolved when the run begins."""
     seed: int = Field(0, ge=0, lt=2**63)

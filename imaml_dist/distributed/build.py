@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
-from imaml_dist.algorithms.learner import Execution, MetaLearner
+from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.algorithms.loss import Loss, cross_entropy
 from imaml_dist.config.schema import (
     Conv4Config,
@@ -20,16 +21,19 @@ from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import EpisodeSource
 from imaml_dist.distributed.build_algorithm import make_algorithm
 from imaml_dist.errors import ConfigError, brief
+from imaml_dist.kernels import native as kernels
+from imaml_dist.kernels.memory import keep_freed_memory
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
 
 
-def resolve(config: ExperimentConfig, *, cuda: bool) -> ExperimentConfig:
+def resolve(config: ExperimentConfig, *, cuda: bool, native: Callable[[], bool] = kernels.usable) -> ExperimentConfig:
     """Replace every `auto` by what it means here, so that the run's configuration says what it did.
 
     Args:
         config: as the user wrote it.
         cuda: whether the workers can have a GPU.
+        native: tells whether our own CPU kernels can be compiled here; asked only where they would be used.
 
     Raises:
         ConfigError: a GPU is asked for and there is none.
@@ -38,12 +42,16 @@ def resolve(config: ExperimentConfig, *, cuda: bool) -> ExperimentConfig:
     device = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
     if device == "cuda" and not cuda:
         raise ConfigError("run.device: cuda given, but no GPU is visible here; use cpu or auto")
-    execution = "vmap" if run.execution == "auto" else run.execution
+    execution = run.execution
+    if execution == "auto":
+        convolutional = not isinstance(config.model, MLPConfig)
+        execution = "native" if device == "cpu" and convolutional and native() else "vmap"
     return config.model_copy(update={"run": run.model_copy(update={"device": device, "execution": execution})})
 
 
-def make_deterministic(config: ExperimentConfig) -> None:
-    """Set up this process so that equal work gives equal bits: threads, algorithms, no TF32."""
+def prepare_process(config: ExperimentConfig) -> None:
+    """Set up this process so that equal work gives equal bits (threads, algorithms, no TF32), and memory is used again."""
+    keep_freed_memory()
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
@@ -114,7 +122,8 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) ->
         ModelError: the network cannot be meta-trained.
     """
     model = make_model(config.model, image_shape, config.data.way, config.run.seed).to(config.run.device)
-    execution: Execution = "loop" if config.run.execution == "loop" else "vmap"
+    execution = config.run.execution
+    assert execution != "auto", "the configuration is resolved"
     return MetaLearner(model, make_algorithm(config.algorithm), make_loss(config.loss), execution)
 
 

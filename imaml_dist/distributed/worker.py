@@ -20,7 +20,7 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_deterministic, make_learner, make_source
+from imaml_dist.distributed.build import make_learner, make_source, prepare_process
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
 from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, first_rank_decides, gather_chunks, tree_sum
@@ -56,7 +56,7 @@ class Worker:
     """
 
     def __init__(self, config: ExperimentConfig, run: RunDirectory, group: Group) -> None:
-        make_deterministic(config)
+        prepare_process(config)
         self.config, self.run, self.group = config, run, group
         self.dataset = Dataset(config.data.url)
         self.train_source = make_source(config, self.dataset, "train")

@@ -8,6 +8,9 @@
 | attention | torch's mathematics without its fused kernels, which have no second derivative |
 | weight normalisation | the same function; torch's kernel has a wrong second derivative |
 | embedding with `padding_idx` | no gradient for the padding, as in torch, also in vectorised calls |
+
+Where asked to, convolutions and batch normalisations on the CPU go to `kernels.native`: the same functions, faster. Their
+results lie in memory with the channels last, which a few of torch's functions cannot take under vmap, or only slowly.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from imaml_dist.errors import ModelError
+from imaml_dist.kernels import native as kernels
 from imaml_dist.models.attention import attention, multi_head_attention
 from imaml_dist.models.masks import derived_key, keep_mask
 
@@ -37,14 +41,20 @@ class ForwardPolicy(TorchFunctionMode):
         statistics: of every batch normalisation in training, in order of their calls, to be used in place of those of
             the samples at hand.
         collect: note the statistics of the samples at hand in `seen`.
+        native: use the kernels of `kernels.native`, which must be loaded, where they fit.
 
     Attributes:
         seen: statistics collected or used so far.
         dropped: how often something was dropped.
+        native: as given.
     """
 
     def __init__(
-        self, key: Tensor | None = None, statistics: Sequence[Statistics] | None = None, collect: bool = False
+        self,
+        key: Tensor | None = None,
+        statistics: Sequence[Statistics] | None = None,
+        collect: bool = False,
+        native: bool = False,
     ) -> None:
         super().__init__()
         self.seen: list[Statistics] = []
@@ -52,6 +62,7 @@ class ForwardPolicy(TorchFunctionMode):
         self._key = key
         self._statistics = statistics
         self._collect = collect
+        self.native = native
 
     def __torch_function__(
         self,
@@ -85,7 +96,31 @@ class ForwardPolicy(TorchFunctionMode):
             return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
         if self._collect:
             self.seen.append((input.mean(axes), input.var(axes, correction=0)))
+        several = input.dim() == 4 and input.numel() > input.shape[1]  # a single value a channel is for torch to refuse
+        if self.native and several and weight is not None and bias is not None and kernels.takes(input, weight, bias):
+            return kernels.batch_norm(input, weight, bias, eps)
         return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+    def _conv2d(
+        self,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        stride: int | Sequence[int] = 1,
+        padding: str | int | Sequence[int] = 0,
+        dilation: int | Sequence[int] = 1,
+        groups: int = 1,
+    ) -> Tensor:
+        strides, paddings = _sides(stride), _sides(padding)
+        plain = groups == 1 and _sides(dilation) == {1} and len(strides) == 1 and len(paddings) == 1
+        if self.native and plain and input.dim() == 4 and kernels.takes(input, weight, bias):
+            return kernels.conv2d(input, weight, bias, *strides, *paddings)
+        return F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+
+    def _view(self, input: Tensor, *shape: Any, **options: Any) -> Tensor:
+        if self.native and shape and not isinstance(shape[0], torch.dtype) and not input.is_contiguous():
+            return input.reshape(*shape)
+        return input.view(*shape, **options)
 
     def _instance_norm(
         self,
@@ -173,8 +208,26 @@ def _dropout(drop: Callable[..., Tensor], axes: int | None = None, batched_from:
     return replacement
 
 
+def _sides(size: str | int | Sequence[int]) -> set[Any]:
+    """The sizes along height and width, once each; none where they are named by a word."""
+    return set() if isinstance(size, str) else {size} if isinstance(size, int) else set(size)
+
+
+def _of_contiguous(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The function, of the input with the channels in torch's own order."""
+
+    def replacement(policy: ForwardPolicy, input: Tensor, *others: Any, **options: Any) -> Tensor:
+        return function(input.contiguous() if policy.native else input, *others, **options)
+
+    return replacement
+
+
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: ForwardPolicy._batch_norm,
+    F.conv2d: ForwardPolicy._conv2d,
+    F.group_norm: _of_contiguous(F.group_norm),
+    F.adaptive_avg_pool2d: _of_contiguous(F.adaptive_avg_pool2d),
+    Tensor.view: ForwardPolicy._view,
     F.instance_norm: ForwardPolicy._instance_norm,
     F.embedding: ForwardPolicy._embedding,
     torch._weight_norm: ForwardPolicy._weight_norm,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from imaml_dist.core.vector import ParameterLayout
 from imaml_dist.errors import ModelError
+from imaml_dist.kernels import native as kernels
 from imaml_dist.models.forward_policy import ForwardPolicy
 
 
@@ -27,14 +29,19 @@ class FunctionalModel:
 
     Args:
         module: any module whose output depends on parameters and input alone (see Raises, and `models.preflight`).
+        native: evaluate convolutions and batch normalisations by `kernels.native` where they fit.
 
     Raises:
         ModelError: no parameter requires a gradient, one has no shape yet, or a layer can never work: normalisation
             across processes, embeddings with sparse gradients or renormalised weights.
+        KernelError: `native`, and they cannot be compiled here.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, native: bool = False) -> None:
         _refuse_layers(module)
+        if native:
+            kernels.load()
+        self._native = native
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ModelError(
@@ -48,6 +55,10 @@ class FunctionalModel:
             f"{name}.num_batches_tracked".lstrip(".") for name, layer in module.named_modules() if _counts(layer)
         ]
         self._independent: dict[bool, bool] = {}
+
+    def policy(self, key: Tensor | None = None, **options: Any) -> ForwardPolicy:
+        """A policy for one evaluation of the module; see `ForwardPolicy` for the options."""
+        return ForwardPolicy(key, native=self._native, **options)
 
     def parameters(self) -> Tensor:
         """The module's own parameters as one detached vector `[P]`, in a copy."""
@@ -84,9 +95,9 @@ class FunctionalModel:
 
         def single(params: Tensor, samples: tuple[Tensor, Tensor]) -> Tensor:
             support, query = samples
-            seen = ForwardPolicy(collect=True)
+            seen = self.policy(collect=True)
             self._call(params, support, seen)
-            policy = ForwardPolicy(statistics=seen.seen)
+            policy = self.policy(statistics=seen.seen)
             outputs = self._call(params, query, policy)
             if len(policy.seen) != len(seen.seen):
                 raise ModelError("batch normalisation is called more often for support than for query samples")
@@ -112,7 +123,7 @@ class FunctionalModel:
         def find() -> bool:
             if not x.is_floating_point():  # what can be tried there depends on the samples, and the answer must not
                 return False
-            policy = ForwardPolicy(key)
+            policy = self.policy(key)
             with torch.no_grad():
                 self._call(self.parameters(), x, policy)
                 try:
@@ -146,7 +157,7 @@ class FunctionalModel:
         return self._independent[inductive]
 
     def _single(self, params: Tensor, x: Tensor, key: Tensor | None = None) -> Tensor:
-        return self._call(params, x, ForwardPolicy(key))
+        return self._call(params, x, self.policy(key))
 
     def _call(self, params: Tensor, x: Tensor, policy: ForwardPolicy) -> Tensor:
         named = self.layout.unflatten(params)

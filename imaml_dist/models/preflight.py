@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from imaml_dist.errors import ModelError, brief
-from imaml_dist.models.forward_policy import ForwardPolicy
 from imaml_dist.models.functional import FunctionalModel
 
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-2}
@@ -87,7 +86,7 @@ def _compare_with_module(functional: FunctionalModel, x: Tensor, key: Tensor) ->
     params = _moved(functional.parameters())
     twin = FunctionalModel(copy.deepcopy(functional.module))
     twin.load(params)
-    with ForwardPolicy(key[0]):
+    with functional.policy(key[0]):
         value = twin.module(x[0]).square().sum()
     named = dict(twin.module.named_parameters())
     own = torch.autograd.grad(value, [named[name] for name in twin.layout.names], materialize_grads=True)
@@ -214,7 +213,7 @@ def _layer_without_derivatives(functional: FunctionalModel, x: Tensor, key: Tens
             continue
 
         def square(at: Tensor, layer: nn.Module = layer, rest: list[Tensor] = numbers[1:]) -> Tensor:
-            with ForwardPolicy(key):
+            with functional.policy(key):
                 output = layer(at, *rest)
             return sum((part.square().sum() for part in _tensors(output)), at.new_zeros(()))
 

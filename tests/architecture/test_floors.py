@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 FLOORS = {
     "imaml_dist.errors": 0,
     "imaml_dist.core": 1,
+    "imaml_dist.kernels": 1,
     "imaml_dist.models": 2,
     "imaml_dist.tasks": 2,
     "imaml_dist.storage": 2,
@@ -46,7 +47,7 @@ VENDOR_ROOMS = {
     "rich": {"pipelines"},
 }
 
-TORCH_ONLY = ("imaml_dist.core", "imaml_dist.models", "imaml_dist.tasks", "imaml_dist.algorithms")
+TORCH_ONLY = ("imaml_dist.core", "imaml_dist.kernels", "imaml_dist.models", "imaml_dist.tasks", "imaml_dist.algorithms")
 """What a bare machine with torch must be able to import: torch, the standard library, and each other."""
 
 

@@ -163,7 +163,7 @@ def _system(curvature: Matvec, proximal: Proximal | None, mu: Tensor) -> Matvec:
 
     def product(p: Tensor) -> Tensor:
         ap = curvature(p) + mu[:, None] * p
-        return ap if proximal is None else ap + proximal.apply(p)
+        return ap if proximal is None else proximal.add_to(ap, p)
 
     return product
 

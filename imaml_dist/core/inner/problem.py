@@ -43,7 +43,7 @@ class InnerProblem:
 
     def with_pull(self, gradient: Tensor, phi: Tensor) -> Tensor:
         """`grad L(phi) + Lambda (phi - theta)`, `[T, P]`, from grad L(phi)."""
-        return gradient if self.proximal is None else gradient + self.proximal.apply(phi - self.anchor)
+        return gradient if self.proximal is None else self.proximal.add_to(gradient, phi - self.anchor)
 
     def total(self, losses: Tensor, phi: Tensor) -> Tensor:
         """`G(phi)`, `[T]`, from L(phi)."""

@@ -68,14 +68,18 @@ def conjugate_gradient(
     outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
     outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
     iterations = torch.zeros_like(outcome)
-    # On the CPU reading a flag costs nothing and a finished batch can leave early; the frozen rows make it the same result.
+    # On the CPU reading a flag costs nothing: a finished batch can leave early, and one in which no task has ended is spared the
+    # masks. Both give the same result.
     on_host = b.device.type == "cpu"
+
+    def where_active(new: Tensor, old: Tensor | float) -> Tensor:
+        return new if on_host and bool(active.all()) else torch.where(active[:, None], new, old)
 
     for _ in range(max_iterations):
         if on_host and not bool(active.any()):
             break
         # Frozen tasks get a zero direction: whatever they met cannot reach the others through shared arithmetic.
-        p = torch.where(active[:, None], p, 0.0)
+        p = where_active(p, 0.0)
         ap = matvec(p)
         curvature = dot(p, ap)
         scale = torch.linalg.vector_norm(p, dim=-1) * torch.linalg.vector_norm(ap, dim=-1)
@@ -86,19 +90,19 @@ def conjugate_gradient(
         active = active & finite & descends
 
         alpha = torch.where(active, rz / curvature, 0.0)[:, None]
-        x_next, r_next = x + alpha * p, r - alpha * ap
+        x_next, r_next = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, ap, value=-1)
         z_next = r_next if preconditioner is None else preconditioner(r_next)
         rz_next = dot(r_next, z_next)
         finite = rz_next.isfinite()
         outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
         active = active & finite
 
-        x, r = torch.where(active[:, None], x_next, x), torch.where(active[:, None], r_next, r)
+        x, r = where_active(x_next, x), where_active(r_next, r)
         iterations = iterations + active
         done = active & (torch.linalg.vector_norm(r, dim=-1) <= threshold)
         outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
         active = active & ~done
-        p = z_next + torch.where(active, rz_next / rz, 0.0)[:, None] * p
+        p = torch.addcmul(z_next, torch.where(active, rz_next / rz, 0.0)[:, None], p)
         rz = torch.where(active, rz_next, rz)
 
     return LinearSolution(value=x, outcome=outcome, iterations=iterations, residual=relative_residual(matvec, b, x))

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
@@ -39,8 +40,8 @@ class ProximalSystem:
 
     def __call__(self, p: Tensor) -> Tensor:
         """`A p`: `[T, P]` -> `[T, P]`."""
-        ap = self.curvature(p) + self.proximal.apply(p)
-        return ap + self.damping * p if self.damping else ap
+        ap = self.proximal.add_to(self.curvature(p), p)
+        return torch.add(ap, p, alpha=self.damping) if self.damping else ap
 
     def regulariser_solve(self, v: Tensor) -> Tensor:
         """`(Lambda + mu I)^-1 v`: `[..., P]` -> `[..., P]`."""

@@ -26,6 +26,10 @@ class DiagonalProximal:
         """`d * v`."""
         return self.strengths * v
 
+    def add_to(self, base: Tensor, v: Tensor) -> Tensor:
+        """See `Proximal.add_to`."""
+        return torch.addcmul(base, v, self.strengths)
+
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
         """`v / (d + shift)`."""
         return v / (self.strengths + shift)
@@ -63,6 +67,10 @@ class PerLayerProximal:
     def apply(self, v: Tensor) -> Tensor:
         """`d * v`."""
         return self._spread().apply(v)
+
+    def add_to(self, base: Tensor, v: Tensor) -> Tensor:
+        """See `Proximal.add_to`."""
+        return self._spread().add_to(base, v)
 
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
         """`v / (d + shift)`."""

@@ -43,6 +43,10 @@ class KroneckerProximal:
             parts.append(part.reshape(*v.shape[:-1], -1))
         return torch.cat(parts, dim=-1)
 
+    def add_to(self, base: Tensor, v: Tensor) -> Tensor:
+        """See `Proximal.add_to`."""
+        return base + self.apply(v)
+
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
         """`(A kron B + shift I)^-1` block by block, from the eigenvectors of A and B.
 

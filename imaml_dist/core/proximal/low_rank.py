@@ -28,6 +28,10 @@ class LowRankProximal:
         """`d * v + U (U'v)`."""
         return self.strengths * v + (v @ self.factor) @ self.factor.mT
 
+    def add_to(self, base: Tensor, v: Tensor) -> Tensor:
+        """See `Proximal.add_to`."""
+        return torch.addcmul(base, v, self.strengths) + (v @ self.factor) @ self.factor.mT
+
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
         """`(D + U U')^-1 v` with `D = diag(d) + shift I`, by the Woodbury identity: an r x r system."""
         scaled = self.factor / (self.strengths + shift)[:, None]

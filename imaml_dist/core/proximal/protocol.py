@@ -22,6 +22,10 @@ class Proximal(Protocol):
         """`Lambda v`: `[..., P]` -> `[..., P]`."""
         ...
 
+    def add_to(self, base: Tensor, v: Tensor) -> Tensor:
+        """`base + Lambda v`, in as few passes over them as Lambda allows."""
+        ...
+
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
         """`(Lambda + shift I)^-1 v`: `[..., P]` -> `[..., P]`, shift >= 0."""
         ...

@@ -34,6 +34,12 @@ class ScalarProximal:
         """`lam v`."""
         return self.lam * v
 
+    def add_to(self, base: Tensor, v: Tensor) -> Tensor:
+        """`base + lam v`."""
+        if isinstance(self.lam, Tensor):
+            return torch.addcmul(base, v, self.lam)
+        return torch.add(base, v, alpha=self.lam)
+
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
         """`v / (lam + shift)`."""
         return v / (self.lam + shift)

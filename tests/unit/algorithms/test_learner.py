@@ -3,6 +3,7 @@
 import pytest
 import torch
 from helpers.blobs import WAY, Blobs
+from helpers.kernels import NATIVE
 
 from imaml_dist import (
     FOMAML,
@@ -15,7 +16,10 @@ from imaml_dist import (
 )
 from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.kernels import native
+from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
+from imaml_dist.tasks.episode import EpisodeBatch
 
 
 def learner(algorithm=None, execution="vmap"):
@@ -60,6 +64,24 @@ def test_execution_paths_agree(algorithm):
     vmapped, looped = (learner(algorithm, e).task_gradients(episodes) for e in ("vmap", "loop"))
     torch.testing.assert_close(vmapped.rows, looped.rows, rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(vmapped.tasks.to_rows(), looped.tasks.to_rows(), rtol=1e-8, atol=1e-10, equal_nan=True)
+
+
+@NATIVE
+def test_native_execution_computes_a_convolutional_network_by_our_kernels(monkeypatch):
+    calls = []
+    for name in ("conv2d", "batch_norm"):
+        ours = getattr(native, name)
+        monkeypatch.setattr(native, name, lambda *a, ours=ours, name=name: calls.append(name) or ours(*a))
+    x, y = torch.randn(3, 6, 1, 28, 28, dtype=torch.float64), torch.arange(3).repeat(3, 2)
+    episodes, found = EpisodeBatch(x, y, x + 0.1, y, index=torch.arange(3)), {}
+    for execution in ("native", "vmap", "loop"):
+        torch.manual_seed(0)
+        subject = MetaLearner(Conv4((1, 28, 28), WAY, 5).double(), IMAML(0.5), execution=execution)
+        found[execution] = subject.task_gradients(episodes)
+        assert set(calls) == ({"conv2d", "batch_norm"} if execution == "native" else set())
+        calls.clear()
+    for execution in ("vmap", "loop"):
+        torch.testing.assert_close(found["native"].rows, found[execution].rows, rtol=1e-8, atol=1e-10)
 
 
 def test_record_tells_how_every_solve_went():

@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from helpers.kernels import NATIVE
 from torch import nn
 from torch.nn import functional as F
 
 from imaml_dist.errors import ModelError
+from imaml_dist.kernels import native
 from imaml_dist.models.attention import attention
 from imaml_dist.models.forward_policy import ForwardPolicy
 from imaml_dist.models.functional import FunctionalModel
@@ -214,3 +216,34 @@ def test_padding_of_an_embedding_has_no_gradient_also_where_tasks_are_vectorised
     rows = together.reshape(2, 4, 3).abs().sum(-1) > 0
     assert not rows[:, padding].any()
     assert rows[0].sum() == 3
+
+
+@NATIVE
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda x: x.view(x.size(0), -1),
+        lambda x: x.view((x.size(0), -1)),
+        lambda x: x.flatten(1),
+        lambda x: F.group_norm(x, 2),
+        lambda x: F.instance_norm(x),
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: F.pad(x, (1, 0, 0, 2)),
+        lambda x: F.interpolate(x, scale_factor=2),
+        lambda x: F.conv2d(x, x.new_ones(4, 1, 3, 3), groups=4, padding="same"),
+        lambda x: F.pixel_shuffle(x, 2),
+        lambda x: F.dropout2d(F.gelu(x), 0.0),
+    ],
+)
+def test_what_follows_our_kernels_takes_their_results(after):
+    native.load()
+    x, w = torch.randn(3, 2, 1, 6, 6, dtype=torch.float64), torch.randn(3, 4, 1, 3, 3, dtype=torch.float64)
+
+    def evaluate(x, w):
+        with ForwardPolicy(native=True):
+            return after(F.conv2d(x, w, padding=1))
+
+    expected = torch.stack([after(F.conv2d(x[t], w[t], padding=1)) for t in range(3)])
+    torch.testing.assert_close(torch.func.vmap(evaluate)(x, w), expected)
+    torch.testing.assert_close(evaluate(x[0], w[0]), expected[0])

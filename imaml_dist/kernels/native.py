@@ -1,0 +1,181 @@
+"""Convolution and batch normalisation for CPUs: compiled from `native.cpp` at first use, kept, and loaded into torch.
+
+What torch lacks there: one call for T tasks with weights of their own (under `vmap` they become grouped convolutions, which
+CPUs run slowly), and a second derivative of batch normalisation in two passes over the data (torch composes it of a dozen).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from imaml_dist.errors import KernelError, brief
+
+SOURCE = Path(__file__).with_name("native.cpp")
+
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-shared")
+
+FOLDER = "IMAML_KERNELS"
+"""Environment variable: where compiled kernels are kept; `~/.cache/imaml_dist/kernels` without it."""
+
+
+def is_compiled() -> bool:
+    """Whether `load` will find the kernels compiled, or need some twenty seconds.
+
+    Raises:
+        KernelError: there is no compiler.
+    """
+    return _library(_compiler()).exists()
+
+
+def usable() -> bool:
+    """Whether the kernels are loaded, or could be now."""
+    try:
+        load()
+    except KernelError:
+        return False
+    return True
+
+
+@cache
+def load() -> None:
+    """Make `conv2d` and `batch_norm` usable in this process; compiles them if that was not done on this machine before.
+
+    Raises:
+        KernelError: there is no C++ compiler, it fails, or the folder for its result cannot be used.
+    """
+    compiler = _compiler()
+    library = _library(compiler)
+    if library.exists():
+        try:
+            return _register(library)
+        except OSError:  # damaged; compiled again below
+            pass
+    _compile(compiler, library)
+    try:
+        _register(library)
+    except OSError as error:
+        raise KernelError(f"the compiled kernels cannot be loaded ({brief(error)}); use run.execution: vmap") from error
+
+
+def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """As `torch.conv2d` with square stride and padding, on `[n, c, h, w]`, or `[T, n, c, h, w]` with `[T, o, c, kh, kw]` and `[T, o]`.
+
+    Differentiable any number of times; float32 or float64 on the CPU. Every task's result has the bits it has alone, with any
+    number of threads.
+    """
+    found: Tensor = torch.ops.imaml.conv2d(x, kernel, bias, stride, padding)
+    return found
+
+
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+    """Batch normalisation by the batch's own statistics, on `[n, c, h, w]`, or `[T, n, c, h, w]` with `[T, c]` and `[T, c]`.
+
+    Differentiable twice; else as `conv2d`.
+    """
+    found: Tensor = torch.ops.imaml.batch_norm(x, gamma, beta, eps)
+    return found
+
+
+def takes(*tensors: Tensor | None) -> bool:
+    """Whether the kernels are made for tensors of this type and device."""
+    given = [tensor for tensor in tensors if tensor is not None]
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in given}
+    return len(kinds) == 1 and kinds <= {("cpu", torch.float32), ("cpu", torch.float64)}
+
+
+def _register(library: Path) -> None:
+    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
+    for name in ("conv2d", "batch_norm"):
+        torch.library.register_vmap(f"imaml::{name}", _over_tasks(getattr(torch.ops.imaml, name)))
+
+
+def _over_tasks(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
+    """The rule for `vmap`: the axis that is mapped over is the axis of tasks."""
+
+    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
+        moved = [
+            argument
+            if not isinstance(argument, Tensor)
+            else argument.expand(info.batch_size, *argument.shape)
+            if axis is None
+            else argument.movedim(axis, 0)
+            for argument, axis in zip(args, in_dims, strict=True)
+        ]
+        return operator(*moved), 0
+
+    return rule
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX")
+    found = shutil.which(named) if named else shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if found is None:
+        raise KernelError(
+            f"there is no C++ compiler{f' {named!r} (from CXX)' if named else ''} to compile the CPU kernels with; install g++, or use "
+            "run.execution: vmap"
+        )
+    return found
+
+
+def _library(compiler: str) -> Path:
+    """Its name says all that the compiled code depends on: source, torch, compiler, processor."""
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
+    except OSError:
+        processor = []
+    parts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, compiler, version, *FLAGS, *processor)
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
+    return _folder() / f"native-{key[:16]}.so"
+
+
+def _folder() -> Path:
+    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "imaml_dist" / "kernels"
+    folder = Path(os.environ.get(FOLDER) or default)
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        facts = folder.stat()
+    except OSError as error:
+        raise KernelError(
+            f"{folder} cannot keep compiled kernels ({brief(error)}); set {FOLDER} to another folder"
+        ) from error
+    if facts.st_uid != os.getuid() or facts.st_mode & 0o022:  # what lies there is executed
+        raise KernelError(
+            f"{folder} belongs to somebody else or can be written by others, so nothing is loaded from there; "
+            f"set {FOLDER} to a folder of your own"
+        )
+    return folder
+
+
+def _compile(compiler: str, library: Path) -> None:
+    torch_folder = Path(torch.__file__).parent
+    include = torch_folder / "include"
+    try:
+        with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
+            result = Path(scratch) / library.name
+            command = [compiler, *FLAGS, f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", str(SOURCE)]
+            command += ["-o", str(result), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            if done.returncode == 0:
+                result.replace(library)  # whole or not at all; of two at once either is right
+                return
+    except OSError as error:
+        raise KernelError(f"the CPU kernels cannot be compiled ({brief(error)}); use run.execution: vmap") from error
+    errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
+    raise KernelError(
+        f"the CPU kernels cannot be compiled ({errors[0][:200]}); use run.execution: vmap, or see what "
+        f"{shlex.join(command[:1])} says to {SOURCE.name}"
+    )

@@ -1,0 +1,159 @@
+"""Our CPU kernels against torch's functions and their derivatives, task by task; and how they are compiled and kept."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from helpers.kernels import NATIVE
+from torch.autograd import gradcheck, gradgradcheck
+from torch.func import vmap
+from torch.nn import functional as F
+
+from imaml_dist.errors import KernelError
+from imaml_dist.kernels import native
+
+pytestmark = NATIVE
+
+CONVOLUTIONS = {  # (channels, outputs, image, kernel, stride, padding)
+    "grey": (1, 20, (8, 8), (3, 3), 2, 1),
+    "many-channels": (5, 17, (6, 7), (3, 3), 1, 1),
+    "uneven": (2, 3, (7, 5), (2, 3), 2, 0),
+    "wide-padding": (3, 2, (4, 4), (3, 3), 3, 2),
+    "pointwise": (40, 4, (3, 3), (1, 1), 1, 0),
+}
+
+
+def random(*shape, dtype=torch.float64, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=dtype)
+
+
+def convolution(name, tasks=2, images=3, dtype=torch.float64):
+    channels, outputs, image, kernel, stride, padding = CONVOLUTIONS[name]
+    tensors = (
+        random(tasks, images, channels, *image, dtype=dtype),
+        random(tasks, outputs, channels, *kernel, dtype=dtype, seed=1),
+        random(tasks, outputs, dtype=dtype, seed=2),
+    )
+    return [tensor.requires_grad_() for tensor in tensors], stride, padding
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolution_is_that_of_torch_for_every_task_and_twice_differentiable(name):
+    (x, k, b), stride, padding = convolution(name)
+    expected = torch.stack([F.conv2d(x[t], k[t], b[t], stride, padding) for t in range(2)])
+    torch.testing.assert_close(native.conv2d(x, k, b, stride, padding), expected, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda *a: native.conv2d(*a, stride, padding), (x, k, b))
+    assert gradgradcheck(lambda *a: native.conv2d(*a, stride, padding), (x, k, b))
+    without = native.conv2d(x, k, None, stride, padding)
+    torch.testing.assert_close(without, expected - b[:, None, :, None, None], rtol=1e-12, atol=1e-12)
+
+
+def test_batch_normalisation_is_that_of_torch_for_every_task_and_twice_differentiable():
+    for channels in (3, 18):
+        x, gamma, beta = random(2, 3, channels, 2, 4), random(2, channels, seed=1), random(2, channels, seed=2)
+        given = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
+        expected = torch.stack([F.batch_norm(x[t], None, None, gamma[t], beta[t], True) for t in range(2)])
+        torch.testing.assert_close(native.batch_norm(*given, 1e-5), expected, rtol=1e-12, atol=1e-12)
+        assert gradcheck(lambda *a: native.batch_norm(*a, 1e-5), given, fast_mode=channels > 3)
+        assert gradgradcheck(lambda *a: native.batch_norm(*a, 1e-5), given, fast_mode=channels > 3)
+
+
+def test_a_third_derivative_of_batch_normalisation_is_refused_and_not_wrong():
+    x, gamma = random(1, 3, 2, 2, 2).requires_grad_(), random(1, 2).requires_grad_()
+    (first,) = torch.autograd.grad(native.batch_norm(x, gamma, gamma, 1e-5).pow(3).sum(), x, create_graph=True)
+    assert torch.autograd.grad(first.pow(2).sum(), x, retain_graph=True)[0].shape == x.shape
+    with pytest.raises(RuntimeError, match="no third derivative"):
+        torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype):
+    (x, k, b), stride, padding = convolution("many-channels", tasks=5, images=40, dtype=dtype)
+    gamma = random(5, 17, dtype=dtype)
+
+    def results(rows):
+        given = [tensor.detach()[rows].requires_grad_() for tensor in (x, k, b, gamma)]
+        y = native.batch_norm(native.conv2d(*given[:3], stride, padding), given[3], given[2], 1e-5)
+        first = torch.autograd.grad(y.pow(2).sum(), given, create_graph=True)
+        second = torch.autograd.grad(sum(part.pow(2).sum() for part in first), given)
+        return [y, *first, *second]
+
+    before = torch.get_num_threads()
+    together = results(slice(None))
+    try:
+        torch.set_num_threads(2)
+        threaded = results(slice(None))
+    finally:
+        torch.set_num_threads(before)
+    for t in range(5):
+        alone = results(slice(t, t + 1))
+        for one, all_of_them, parallel in zip(alone, together, threaded, strict=True):
+            assert torch.equal(one[0], all_of_them[t])
+            assert torch.equal(one[0], parallel[t])
+
+
+def test_they_can_be_mapped_over_tasks_with_any_axis_and_shared_arguments():
+    (x, k, b), stride, padding = convolution("uneven")
+    expected = torch.stack([F.conv2d(x[t], k[0], b[t], stride, padding) for t in range(2)])
+    mapped = vmap(lambda x, b: native.conv2d(x, k[0], b, stride, padding), in_dims=(2, 0), out_dims=1)
+    torch.testing.assert_close(mapped(x.movedim(0, 2), b).movedim(1, 0), expected, rtol=1e-12, atol=1e-12)
+    single = native.conv2d(x[1], k[0], b[1], stride, padding)
+    torch.testing.assert_close(single, expected[1], rtol=1e-12, atol=1e-12)
+
+
+def test_misuse_is_refused():
+    (x, k, b), stride, padding = convolution("uneven")
+    with pytest.raises(RuntimeError, match=r"kernels \[T, o, c, kh, kw\]"):
+        native.conv2d(x, k[:, :, :1], b, stride, padding)
+    with pytest.raises(RuntimeError, match="smaller than its kernel"):
+        native.conv2d(x[..., :1], k, b, stride, 0)
+    with pytest.raises(RuntimeError, match=r"bias \[T, o\]"):
+        native.conv2d(x, k, b[:, :1], stride, padding)
+    with pytest.raises(RuntimeError, match=r"batch_norm takes"):
+        native.batch_norm(x, b, b, 1e-5)
+    assert not native.takes(x.half(), k.half())
+    assert not native.takes(x, k.float())
+    assert native.takes(x, k, None)
+
+
+def load_in_a_process(folder, **environment):
+    """What a fresh process says when it loads the kernels, kept in `folder`."""
+    code = "from imaml_dist.kernels import native; print(native.is_compiled()); native.load(); print('loaded')"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, native.FOLDER: str(folder), **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.stdout.split(), done.stderr.strip().splitlines()[-1:]
+
+
+def test_they_are_compiled_once_and_again_where_the_result_was_damaged(tmp_path):
+    folder = tmp_path / "kept"
+    assert load_in_a_process(folder) == (["False", "loaded"], [])
+    (library,) = folder.iterdir()
+    assert load_in_a_process(folder) == (["True", "loaded"], [])
+    library.write_bytes(b"damaged")
+    assert load_in_a_process(folder) == (["True", "loaded"], [])
+    assert [path.name for path in folder.iterdir()] == [library.name], "nothing else is left behind"
+
+
+def test_what_is_missing_is_said_in_a_sentence(tmp_path):
+    _, (error,) = load_in_a_process(tmp_path, CXX="no-such-compiler")
+    assert "KernelError: there is no C++ compiler 'no-such-compiler' (from CXX)" in error
+    _, (error,) = load_in_a_process(tmp_path, CXX="false")
+    assert "KernelError: the CPU kernels cannot be compiled (exit code 1)" in error
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    _, (error,) = load_in_a_process(tmp_path / "open")
+    assert "can be written by others, so nothing is loaded from there" in error
+    (tmp_path / "file").write_text("")
+    _, (error,) = load_in_a_process(tmp_path / "file")
+    assert "cannot keep compiled kernels" in error
+
+
+def test_the_sentences_are_errors_of_the_environment():
+    assert KernelError("x").exit_code == 3
