@@ -10,6 +10,8 @@
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
 #include <ATen/Parallel.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
@@ -561,9 +563,53 @@ Tensor batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, doub
   return Norm::apply(x, gamma, beta, eps);
 }
 
+// Under vmap the axis that is mapped over is the axis of tasks.
+
+struct Mapped {
+  int64_t level = -1, tasks = 0;
+  c10::impl::ExcludeDispatchKeyGuard below{c10::DispatchKey::FuncTorchBatched};
+
+  explicit Mapped(std::initializer_list<Tensor> given) {
+    for (const Tensor& x : given)
+      if (const auto* mapped = at::functorch::maybeGetBatchedImpl(x); mapped && mapped->level() > level) {
+        level = mapped->level();
+        tasks = mapped->value().size(mapped->bdim());
+      }
+  }
+  Tensor in_front(const Tensor& x) const {
+    const auto* mapped = at::functorch::maybeGetBatchedImpl(x);
+    if (mapped && mapped->level() == level)
+      return mapped->bdim() == 0 ? mapped->value() : mapped->value().movedim(mapped->bdim(), 0);
+    std::vector<int64_t> sizes{tasks};
+    sizes.insert(sizes.end(), x.sizes().begin(), x.sizes().end());
+    return x.expand(sizes);
+  }
+  Tensor back(const Tensor& x) const { return at::functorch::makeBatched(x, 0, level); }
+};
+
+Tensor conv2d_mapped(const Tensor& x, const Tensor& k, const std::optional<Tensor>& bias, int64_t stride,
+                     int64_t padding) {
+  static const auto op = c10::Dispatcher::singleton().findSchemaOrThrow("imaml::conv2d", "").typed<decltype(conv2d)>();
+  const Mapped map({x, k, bias.value_or(x)});
+  const auto b = bias ? std::optional<Tensor>(map.in_front(*bias)) : std::nullopt;
+  return map.back(op.call(map.in_front(x), map.in_front(k), b, stride, padding));
+}
+
+Tensor batch_norm_mapped(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
+  static const auto op =
+      c10::Dispatcher::singleton().findSchemaOrThrow("imaml::batch_norm", "").typed<decltype(batch_norm)>();
+  const Mapped map({x, gamma, beta});
+  return map.back(op.call(map.in_front(x), map.in_front(gamma), map.in_front(beta), eps));
+}
+
 }  // namespace
 
 TORCH_LIBRARY(imaml, m) {
   m.def("conv2d(Tensor x, Tensor kernel, Tensor? bias, int stride, int padding) -> Tensor", &conv2d);
   m.def("batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps) -> Tensor", &batch_norm);
+}
+
+TORCH_LIBRARY_IMPL(imaml, FuncTorchBatched, m) {
+  m.impl("conv2d", &conv2d_mapped);
+  m.impl("batch_norm", &batch_norm_mapped);
 }

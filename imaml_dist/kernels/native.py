@@ -12,10 +12,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -59,12 +57,12 @@ def load() -> None:
     library = _library(compiler)
     if library.exists():
         try:
-            return _register(library)
+            return torch.ops.load_library(str(library))  # type: ignore[no-untyped-call, no-any-return]
         except OSError:  # damaged; compiled again below
             pass
     _compile(compiler, library)
     try:
-        _register(library)
+        torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
         raise KernelError(f"the compiled kernels cannot be loaded ({brief(error)}); use run.execution: vmap") from error
 
@@ -93,29 +91,6 @@ def takes(*tensors: Tensor | None) -> bool:
     given = [tensor for tensor in tensors if tensor is not None]
     kinds = {(tensor.device.type, tensor.dtype) for tensor in given}
     return len(kinds) == 1 and kinds <= {("cpu", torch.float32), ("cpu", torch.float64)}
-
-
-def _register(library: Path) -> None:
-    torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
-    for name in ("conv2d", "batch_norm"):
-        torch.library.register_vmap(f"imaml::{name}", _over_tasks(getattr(torch.ops.imaml, name)))
-
-
-def _over_tasks(operator: Callable[..., Tensor]) -> Callable[..., tuple[Tensor, int]]:
-    """The rule for `vmap`: the axis that is mapped over is the axis of tasks."""
-
-    def rule(info: Any, in_dims: Sequence[int | None], *args: Any) -> tuple[Tensor, int]:
-        moved = [
-            argument
-            if not isinstance(argument, Tensor)
-            else argument.expand(info.batch_size, *argument.shape)
-            if axis is None
-            else argument.movedim(axis, 0)
-            for argument, axis in zip(args, in_dims, strict=True)
-        ]
-        return operator(*moved), 0
-
-    return rule
 
 
 def _compiler() -> str:
