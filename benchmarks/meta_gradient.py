@@ -14,6 +14,7 @@ import json
 import platform
 import statistics
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from imaml_dist.models.conv4 import Conv4
 from imaml_dist.tasks.episode import EpisodeBatch
 
 LAM, LR, STEPS, CG_STEPS = 2.0, 0.1, 16, 5
+CHECK_LAM, CHECK_LR = 60.0, 0.005
+"""For the check: `H + lambda I` must be positive definite, without which conjugate gradient solves nothing."""
 
 SETTINGS = {"5w1s": (5, 1, 5, 8, 2.19), "20w5s": (20, 5, 5, 2, 43.9)}
 """way, shot, queries a class, tasks at once, GFLOP a task that no implementation of this method can do without."""
@@ -37,14 +40,14 @@ Method = Callable[[nn.Module, EpisodeBatch], list[Tensor]]
 """The mean meta-gradient of a network, parameter by parameter."""
 
 
-def ours(execution: Any, cg_steps: int) -> Method:
+def ours(execution: Any, cg_steps: int, lam: float, lr: float) -> Method:
     """This library."""
 
     def compute(model: nn.Module, episodes: EpisodeBatch) -> list[Tensor]:
         key = (id(model), execution, cg_steps)
         if key not in learners:
             solver = ConjugateGradient(max_iterations=cg_steps, operator="hessian")
-            learners[key] = MetaLearner(model, IMAML(LAM, GradientDescent(LR, STEPS), solver), execution=execution)
+            learners[key] = MetaLearner(model, IMAML(lam, GradientDescent(lr, STEPS), solver), execution=execution)
         found = learners[key].meta_gradient(episodes).gradient
         return [found[name] for name, _ in model.named_parameters()]
 
@@ -52,7 +55,7 @@ def ours(execution: Any, cg_steps: int) -> Method:
     return compute
 
 
-def plain(cg_steps: int) -> Method:
+def plain(cg_steps: int, lam: float, lr: float) -> Method:
     """One task after the other, as one writes it down: a new graph for every product with the Hessian."""
 
     def one(model: nn.Module, e: EpisodeBatch, t: int) -> list[Tensor]:
@@ -67,7 +70,7 @@ def plain(cg_steps: int) -> Method:
         def product(v: list[Tensor]) -> list[Tensor]:
             point = leaves(phi)
             first = torch.autograd.grad(loss(point, e.support_x, e.support_y), point, create_graph=True)
-            return [h + LAM * p for h, p in zip(torch.autograd.grad(first, point, v), v, strict=True)]
+            return [h + lam * p for h, p in zip(torch.autograd.grad(first, point, v), v, strict=True)]
 
         def dot(a: list[Tensor], b: list[Tensor]) -> Tensor:
             return torch.stack([(x * y).sum() for x, y in zip(a, b, strict=True)]).sum()
@@ -76,7 +79,7 @@ def plain(cg_steps: int) -> Method:
         for _ in range(STEPS):
             point = leaves(phi)
             slope = torch.autograd.grad(loss(point, e.support_x, e.support_y), point)
-            phi = [p - LR * (g + LAM * (p - q)) for p, g, q in zip(phi, slope, theta, strict=True)]
+            phi = [p - lr * (g + lam * (p - q)) for p, g, q in zip(phi, slope, theta, strict=True)]
         point = leaves(phi)
         v = list(torch.autograd.grad(loss(point, e.query_x, e.query_y), point))
         u, r, p = [torch.zeros_like(x) for x in v], v, v
@@ -88,12 +91,12 @@ def plain(cg_steps: int) -> Method:
             r = [x - alpha * y for x, y in zip(r, ap, strict=True)]
             rr, before = dot(r, r), rr
             p = [x + rr / before * y for x, y in zip(r, p, strict=True)]
-        return [LAM * x for x in u]
+        return [lam * x for x in u]
 
     return lambda model, e: mean_over_tasks(lambda t: one(model, e, t), e)
 
 
-def torchopt_imaml(solver: str, cg_steps: int) -> Method:
+def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float) -> Method:
     """TorchOpt's module for implicit gradients: `solve_normal_cg` is what its example uses, `solve_cg` the paper's."""
     import torchopt
 
@@ -110,11 +113,11 @@ def torchopt_imaml(solver: str, cg_steps: int) -> Method:
         def objective(self, x: Tensor, y: Tensor) -> Tensor:
             pairs = zip(self.net.parameters(), self.meta.parameters(), strict=True)
             pull = sum((p - q).square().sum() for p, q in pairs)
-            return cross_entropy(self.net(x), y) + 0.5 * LAM * pull
+            return cross_entropy(self.net(x), y) + 0.5 * lam * pull
 
         def solve(self, x: Tensor, y: Tensor) -> Any:
             own = tuple(self.net.parameters())
-            optimizer = torchopt.SGD(own, lr=LR)
+            optimizer = torchopt.SGD(own, lr=lr)
             with torch.enable_grad():
                 for _ in range(STEPS):
                     loss = self.objective(x, y)
@@ -152,13 +155,13 @@ def mean_over_tasks(one: Callable[[int], list[Tensor]], episodes: EpisodeBatch) 
     return [torch.stack(parts).mean(0) for parts in zip(*tasks, strict=True)]
 
 
-def methods(cg_steps: int) -> dict[str, Method]:
+def methods(cg_steps: int, lam: float, lr: float) -> dict[str, Method]:
     """Those that can be had here."""
-    found: dict[str, Method] = {f"imaml_dist, {e}": ours(e, cg_steps) for e in ("native", "vmap", "loop")}
-    found["plain torch, one task at a time"] = plain(cg_steps)
+    found: dict[str, Method] = {f"imaml_dist, {e}": ours(e, cg_steps, lam, lr) for e in ("native", "vmap", "loop")}
+    found["plain torch, one task at a time"] = plain(cg_steps, lam, lr)
     for name, solver in (("TorchOpt iMAML example", "solve_normal_cg"), ("TorchOpt with plain CG", "solve_cg")):
         try:
-            found[name] = torchopt_imaml(solver, cg_steps)
+            found[name] = torchopt_imaml(solver, cg_steps, lam, lr)
         except ImportError:
             print(f"{name}: not measured, torchopt is not installed")
     try:
@@ -184,7 +187,7 @@ def errors() -> dict[str, float]:
     model, episodes = work("5w1s", torch.float64, 2)
     found = {
         name: torch.cat([part.flatten() for part in compute(model, episodes)])
-        for name, compute in methods(200).items()
+        for name, compute in methods(100, CHECK_LAM, CHECK_LR).items()
         if "MAML" not in name or "iMAML" in name
     }
     truth = found["plain torch, one task at a time"]
@@ -204,7 +207,7 @@ def measure(setting: str, repeats: int) -> dict[str, Any]:
     """Tasks a second, all methods in turn."""
     tasks, gflop = SETTINGS[setting][3:]
     model, episodes = work(setting, torch.float32, tasks)
-    running = methods(CG_STEPS)
+    running = methods(CG_STEPS, LAM, LR)
     for compute in running.values():
         compute(model, episodes)
     turns: list[dict[str, float]] = []
@@ -236,6 +239,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # the others' use of older torch
     torch.set_num_threads(1)
     keep_freed_memory()
     report: dict[str, Any] = {

@@ -150,7 +150,7 @@ void multiply_small(const Shape& s, int64_t rows, const T* patches, const T* ker
 template <typename T>
 void accumulate_small(const Shape& s, int64_t rows, const T* patches, const T* g, T* kernel) {
   over_tiles(s.o, [&](auto width, int64_t j) {
-    constexpr int64_t W = width, P = 3;
+    constexpr int64_t W = width, P = 9;
     int64_t p = 0;
     for (; p + P <= s.patch(); p += P) {
       T sum[P][W] = {};
@@ -195,11 +195,37 @@ void over_tasks(const Shape& s, const F& f) {
   });
 }
 
+// With many rows in float32 torch's own kernels (oneDNN) for one task are faster than a product of matrices: they are called
+// task by task, in the same order of memory.
+bool for_torch(const Shape& s, const Tensor& x) { return x.scalar_type() == at::kFloat && s.n * s.positions() >= 1024; }
+
+template <typename F>
+Tensor by_torch(const Shape& s, const F& f) {
+  if (s.tasks == 1) return f(0).unsqueeze(0);
+  std::vector<Tensor> results;
+  for (int64_t t = 0; t < s.tasks; ++t) results.push_back(f(t));
+  return at::stack(results);
+}
+
+// [n, c, h, w] of task t, channels last in memory.
+Tensor task_of(const Tensor& x, int64_t t) { return x[t].contiguous(at::MemoryFormat::ChannelsLast); }
+
+std::tuple<Tensor, Tensor, Tensor> torch_backward(const Shape& s, const Tensor& g, const Tensor& x, const Tensor& k,
+                                                  std::array<bool, 3> wanted) {
+  return at::convolution_backward(g, x, k, std::nullopt, {s.stride, s.stride}, {s.padding, s.padding}, {1, 1}, false, {0, 0},
+                                  1, wanted);
+}
+
 // The three contractions of the trilinear form <g, conv(x, k)>: with (x, k), with (g, k) and with (x, g).
 
 Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<Tensor>& bias_, int64_t stride,
                        int64_t padding) {
   const Shape s = shape_of(x_, k_.sizes(), stride, padding);
+  if (for_torch(s, x_) && !s.small())  // of a single channel torch does not know that it is the last axis
+    return by_torch(s, [&](int64_t t) {
+      const auto b = bias_ ? std::optional<Tensor>((*bias_)[t]) : std::nullopt;
+      return at::conv2d(task_of(x_, t), task_of(k_, t), b, {stride, stride}, {padding, padding});
+    });
   const Tensor x = channels_last(x_), k = rows_apart(k_), bias = bias_ ? rows_apart(*bias_) : Tensor();
   Tensor y = empty_images(s.tasks, s.n, s.o, s.oh, s.ow, x);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_output", [&] {
@@ -231,6 +257,10 @@ Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<T
 Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, int64_t stride, int64_t padding) {
   Tensor x = empty_images(g_.size(0), g_.size(1), k_.size(2), h, w, g_);
   const Shape s = shape_of(x, k_.sizes(), stride, padding);
+  if (for_torch(s, x))
+    return by_torch(s, [&](int64_t t) {
+      return std::get<0>(torch_backward(s, task_of(g_, t), task_of(x, t), task_of(k_, t), {true, false, false}));
+    });
   const Tensor g = channels_last(g_), k = rows_apart(k_);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_input", [&] {
     over_tasks<scalar_t>(s, [&](int64_t t, scalar_t* kernel, scalar_t* turned, scalar_t* patches) {
@@ -251,6 +281,12 @@ Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, 
 
 Tensor contract_kernel(const Tensor& x_, const Tensor& g_, int64_t kh, int64_t kw, int64_t stride, int64_t padding) {
   const Shape s = shape_of(x_, {x_.size(0), g_.size(2), x_.size(2), kh, kw}, stride, padding);
+  if (for_torch(s, x_) && !s.small()) {
+    const Tensor like = at::empty({s.o, s.c, kh, kw}, x_.options()).contiguous(at::MemoryFormat::ChannelsLast);
+    return by_torch(s, [&](int64_t t) {
+      return std::get<1>(torch_backward(s, task_of(g_, t), task_of(x_, t), like, {false, true, false})).contiguous();
+    });
+  }
   const Tensor x = channels_last(x_), g = channels_last(g_);
   Tensor k = at::empty({s.tasks, s.o, s.c, kh, kw}, x.options());
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_kernel", [&] {
