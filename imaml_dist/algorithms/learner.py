@@ -25,6 +25,9 @@ from imaml_dist.tasks.validity import sanitised, validity
 
 Execution = Literal["vmap", "loop", "native"]
 
+ONE_BY_ONE = 64
+"""Support samples above which `native` execution computes one task after the other: a task fills the caches by itself then."""
+
 OWN = "algorithm."
 """What the algorithm's own learned parameters are named with, among the model's."""
 
@@ -128,7 +131,8 @@ class MetaLearner:
             theta: meta-parameters `[P + R]`; the learner's own when None.
         """
         theta = self.meta_parameters() if theta is None else theta
-        if self.execution != "loop" or len(episodes) == 1:
+        large = self.execution == "native" and episodes.support_x.shape[1] > ONE_BY_ONE
+        if len(episodes) == 1 or not (large or self.execution == "loop"):
             return self._batch_gradients(episodes, theta)
         return TaskGradients.joined([self._batch_gradients(episodes[t : t + 1], theta) for t in range(len(episodes))])
 
