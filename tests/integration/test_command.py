@@ -5,8 +5,10 @@ import signal
 import time
 
 import pytest
+import yaml
 from helpers.command import Command, imaml, wait_for_step
 from helpers.datasets import write_blobs
+from helpers.kernels import NATIVE
 from helpers.runs import fingerprint, tiny, train_alone, write_config
 
 
@@ -90,6 +92,22 @@ def test_first_order_baseline_and_other_models_run_by_one_switch(data, tmp_path)
         code, output = imaml("train", str(config), "--set", override, "--run-dir", name, cwd=tmp_path)
         assert code == 0, output
         assert (tmp_path / name / "report.html").is_file()
+
+
+@NATIVE
+def test_without_a_compiler_torchs_kernels_are_used_and_it_is_said(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, steps=1)
+    for name, compiler in {"with": {}, "without": {"CXX": "no-such-compiler"}}.items():
+        code, output = imaml("train", str(config), "--run-dir", name, cwd=tmp_path, **compiler)
+        assert code == 0, output
+        assert ("there is no C++ compiler 'no-such-compiler'" in output) == bool(compiler)
+        resolved = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert resolved["run"]["execution"] == ("vmap" if compiler else "native")
+    code, output = imaml("evaluate", "with", "--tasks", "5", cwd=tmp_path, CXX="no-such-compiler")
+    assert (code, "torch's own kernels are used" in output) == (0, True), output
+    insist = ("--set", "run.execution=native")
+    code, output = imaml("train", str(config), *insist, "--run-dir", "x", cwd=tmp_path, CXX="no-such-compiler")
+    assert (code, len(output.strip().splitlines())) == (3, 1), output
 
 
 def test_a_run_that_begins_warm_says_with_what(data, tmp_path, finished):
