@@ -4,8 +4,7 @@
 // Tensors are [T, n, h, w, c] in memory ("channels last"), which is what the products of matrices below read and write
 // without a copy; outside they look as torch's layers expect them, [T, n, c, h, w].
 //
-// Every task is computed as if it were alone, and sums over samples are taken in one order: results do not depend on T, nor on
-// the number of threads.
+// Every task is computed as if it were alone, and sums over samples are taken in one order: results do not depend on T.
 
 #include <ATen/Dispatch.h>
 #include <ATen/Functions.h>
@@ -313,9 +312,6 @@ Tensor contract_kernel(const Tensor& x_, const Tensor& g_, int64_t kh, int64_t k
 
 // Their derivatives are each other, so that they can be differentiated without end.
 
-struct Output;
-struct Input;
-struct Kernel;
 Tensor input(const Tensor& g, const Tensor& k, int64_t h, int64_t w, int64_t stride, int64_t padding);
 Tensor kernel(const Tensor& x, const Tensor& g, int64_t kh, int64_t kw, int64_t stride, int64_t padding);
 

@@ -70,8 +70,7 @@ def load() -> None:
 def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """As `torch.conv2d` with square stride and padding, on `[n, c, h, w]`, or `[T, n, c, h, w]` with `[T, o, c, kh, kw]` and `[T, o]`.
 
-    Differentiable any number of times; float32 or float64 on the CPU. Every task's result has the bits it has alone, with any
-    number of threads.
+    Differentiable any number of times; float32 or float64 on the CPU. Every task's result has the bits it has alone.
     """
     found: Tensor = torch.ops.imaml.conv2d(x, kernel, bias, stride, padding)
     return found

@@ -50,6 +50,27 @@ def test_convolution_is_that_of_torch_for_every_task_and_twice_differentiable(na
     torch.testing.assert_close(without, expected - b[:, None, :, None, None], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("images", [4, 60])
+@pytest.mark.parametrize("name", ["grey", "many-channels"])
+def test_float32_convolutions_of_few_and_of_many_images_keep_their_digits(name, images):
+    """Many images go to other kernels."""
+    (x, k, b), stride, padding = convolution(name, images=images)
+
+    def derivatives(function, *given):
+        y = function(*given)
+        first = torch.autograd.grad(y.pow(2).mean(), given, create_graph=True)
+        return [y, *first, *torch.autograd.grad(sum(part.pow(2).mean() for part in first), given)]
+
+    def each(x, k, b):
+        return torch.stack([F.conv2d(x[t], k[t], b[t], stride, padding) for t in range(2)])
+
+    expected = derivatives(each, x, k, b)
+    given = [tensor.detach().float().requires_grad_() for tensor in (x, k, b)]
+    found = derivatives(lambda *a: native.conv2d(*a, stride, padding), *given)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert float((ours.double() - theirs).detach().norm() / theirs.detach().norm()) < 1e-5
+
+
 def test_batch_normalisation_is_that_of_torch_for_every_task_and_twice_differentiable():
     for channels in (3, 18):
         x, gamma, beta = random(2, 3, channels, 2, 4), random(2, channels, seed=1), random(2, channels, seed=2)
@@ -68,9 +89,10 @@ def test_a_third_derivative_of_batch_normalisation_is_refused_and_not_wrong():
         torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype):
-    (x, k, b), stride, padding = convolution("many-channels", tasks=5, images=40, dtype=dtype)
+@pytest.mark.parametrize(("dtype", "images"), [(torch.float32, 10), (torch.float32, 40), (torch.float64, 40)])
+def test_a_task_has_the_bits_that_it_has_alone_and_our_own_sums_with_any_number_of_threads(dtype, images):
+    (x, k, b), stride, padding = convolution("many-channels", tasks=5, images=images, dtype=dtype)
+    torchs_own = (dtype, images) == (torch.float32, 40)  # large float32 ones are computed by torch's kernels
     gamma = random(5, 17, dtype=dtype)
 
     def results(rows):
@@ -91,7 +113,7 @@ def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype)
         alone = results(slice(t, t + 1))
         for one, all_of_them, parallel in zip(alone, together, threaded, strict=True):
             assert torch.equal(one[0], all_of_them[t])
-            assert torch.equal(one[0], parallel[t])
+            assert torchs_own or torch.equal(one[0], parallel[t])
 
 
 def test_they_can_be_mapped_over_tasks_with_any_axis_and_shared_arguments():
