@@ -1,4 +1,4 @@
-"""Convolution and batch normalisation for CPUs: compiled from `native.cpp` at first use, kept, and loaded into torch.
+"""Convolution and batch normalisation for CPUs: compiled from `native.cpp` and its headers at first use, kept, and loaded into torch.
 
 What torch lacks there: one call for T tasks with weights of their own (under `vmap` they become grouped convolutions, which
 CPUs run slowly), and a second derivative of batch normalisation in two passes over the data (torch composes it of a dozen).
@@ -21,8 +21,9 @@ from torch import Tensor
 from imaml_dist.errors import KernelError, brief
 
 SOURCE = Path(__file__).with_name("native.cpp")
+HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
-FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-std=c++20", "-fPIC", "-shared")
+FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-std=c++20", "-fPIC", "-shared")
 
 FOLDER = "IMAML_KERNELS"
 """Environment variable: where compiled kernels are kept; `~/.cache/imaml_dist/kernels` without it."""
@@ -76,12 +77,12 @@ def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding:
     return found
 
 
-def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> Tensor:
+def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, relu: bool = False) -> Tensor:
     """Batch normalisation by the batch's own statistics, on `[n, c, h, w]`, or `[T, n, c, h, w]` with `[T, c]` and `[T, c]`.
 
-    Differentiable twice; else as `conv2d`.
+    With `relu` negative results are zero. Differentiable twice; else as `conv2d`.
     """
-    found: Tensor = torch.ops.imaml.batch_norm(x, gamma, beta, eps)
+    found: Tensor = torch.ops.imaml.batch_norm(x, gamma, beta, eps, relu)
     return found
 
 
@@ -111,7 +112,8 @@ def _library(compiler: str) -> Path:
         processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
     except OSError:
         processor = []
-    parts = (SOURCE.read_text(encoding="utf-8"), torch.__version__, compiler, version, *FLAGS, *processor)
+    sources = [source.read_text(encoding="utf-8") for source in (SOURCE, *HEADERS)]
+    parts = (*sources, torch.__version__, compiler, version, *FLAGS, *processor)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return _folder() / f"native-{key[:16]}.so"
 

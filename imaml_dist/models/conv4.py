@@ -6,6 +6,8 @@ from itertools import pairwise
 
 from torch import Tensor, nn
 
+from imaml_dist.models.batch_norm_relu import BatchNormReLU2d
+
 
 class Conv4(nn.Module):
     """Four blocks of [3x3 convolution, stride 2, padding 1; batch normalisation; ReLU], then one linear layer.
@@ -51,6 +53,5 @@ class Conv4(nn.Module):
 def _block(inputs: int, outputs: int) -> nn.Sequential:
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1),
-        nn.BatchNorm2d(outputs, track_running_stats=False),
-        nn.ReLU(),
+        BatchNormReLU2d(outputs),
     )

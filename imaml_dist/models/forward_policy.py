@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from imaml_dist.errors import ModelError
 from imaml_dist.kernels import native as kernels
 from imaml_dist.models.attention import attention, multi_head_attention
+from imaml_dist.models.batch_norm_relu import batch_norm_relu
 from imaml_dist.models.masks import derived_key, keep_mask
 
 Statistics = tuple[Tensor, Tensor]
@@ -96,10 +97,18 @@ class ForwardPolicy(TorchFunctionMode):
             return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
         if self._collect:
             self.seen.append((input.mean(axes), input.var(axes, correction=0)))
-        several = input.dim() == 4 and input.numel() > input.shape[1]  # a single value a channel is for torch to refuse
-        if self.native and several and weight is not None and bias is not None and kernels.takes(input, weight, bias):
+        if weight is not None and bias is not None and self._takes_norm(input, weight, bias):
             return kernels.batch_norm(input, weight, bias, eps)
         return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
+
+    def _batch_norm_relu(self, input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+        if self._statistics is None and not self._collect and self._takes_norm(input, weight, bias):
+            return kernels.batch_norm(input, weight, bias, eps, relu=True)
+        return F.relu(self._batch_norm(input, None, None, weight, bias, training=True, eps=eps))
+
+    def _takes_norm(self, input: Tensor, weight: Tensor, bias: Tensor) -> bool:
+        several = input.dim() == 4 and input.numel() > input.shape[1]  # a single value a channel is for torch to refuse
+        return self.native and several and kernels.takes(input, weight, bias)
 
     def _conv2d(
         self,
@@ -224,6 +233,7 @@ def _of_contiguous(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: ForwardPolicy._batch_norm,
+    batch_norm_relu: ForwardPolicy._batch_norm_relu,
     F.conv2d: ForwardPolicy._conv2d,
     F.group_norm: _of_contiguous(F.group_norm),
     F.adaptive_avg_pool2d: _of_contiguous(F.adaptive_avg_pool2d),

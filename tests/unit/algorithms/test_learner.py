@@ -71,7 +71,7 @@ def test_native_execution_computes_a_convolutional_network_by_our_kernels(monkey
     calls = []
     for name in ("conv2d", "batch_norm"):
         ours = getattr(native, name)
-        monkeypatch.setattr(native, name, lambda *a, ours=ours, name=name: calls.append(name) or ours(*a))
+        monkeypatch.setattr(native, name, lambda *a, ours=ours, name=name, **kw: calls.append(name) or ours(*a, **kw))
     x, y = torch.randn(3, 6, 1, 28, 28, dtype=torch.float64), torch.arange(3).repeat(3, 2)
     episodes, found = EpisodeBatch(x, y, x + 0.1, y, index=torch.arange(3)), {}
     for execution in ("native", "vmap", "loop"):

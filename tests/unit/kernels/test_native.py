@@ -71,14 +71,27 @@ def test_float32_convolutions_of_few_and_of_many_images_keep_their_digits(name, 
         assert float((ours.double() - theirs).detach().norm() / theirs.detach().norm()) < 1e-5
 
 
-def test_batch_normalisation_is_that_of_torch_for_every_task_and_twice_differentiable():
-    for channels in (3, 18):
-        x, gamma, beta = random(2, 3, channels, 2, 4), random(2, channels, seed=1), random(2, channels, seed=2)
-        given = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
-        expected = torch.stack([F.batch_norm(x[t], None, None, gamma[t], beta[t], True) for t in range(2)])
-        torch.testing.assert_close(native.batch_norm(*given, 1e-5), expected, rtol=1e-12, atol=1e-12)
-        assert gradcheck(lambda *a: native.batch_norm(*a, 1e-5), given, fast_mode=channels > 3)
-        assert gradgradcheck(lambda *a: native.batch_norm(*a, 1e-5), given, fast_mode=channels > 3)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("channels", [3, 18])
+def test_batch_normalisation_is_that_of_torch_for_every_task_and_twice_differentiable(channels, relu):
+    x, gamma, beta = random(2, 3, channels, 2, 4), random(2, channels, seed=1), random(2, channels, seed=2)
+    given = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
+    expected = torch.stack([F.batch_norm(x[t], None, None, gamma[t], beta[t], True) for t in range(2)])
+    assert expected.abs().min() > 1e-4  # no place so near the rectifier's kink that differences would cross it
+    expected = expected.relu() if relu else expected
+    torch.testing.assert_close(native.batch_norm(*given, 1e-5, relu), expected, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda *a: native.batch_norm(*a, 1e-5, relu), given, fast_mode=channels > 3)
+    assert gradgradcheck(lambda *a: native.batch_norm(*a, 1e-5, relu), given, fast_mode=channels > 3)
+
+
+def test_a_rectified_nan_stays_one_and_a_zero_lets_nothing_back():
+    x, gamma = random(1, 2, 3, 2, 2), torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
+    x[0, 0, 2, 0, 0] = torch.nan
+    x.requires_grad_()
+    y = native.batch_norm(x, gamma, torch.zeros_like(gamma), 1e-5, relu=True)
+    assert y[0, :, 2].isnan().all() and not y[0, :, :2].isnan().any()
+    (back,) = torch.autograd.grad(y.sum(), x)
+    assert (back[0, :, 1] == 0).all()  # y = 0 there, and torch's rectifier has derivative 0 at 0
 
 
 def test_a_third_derivative_of_batch_normalisation_is_refused_and_not_wrong():
@@ -97,7 +110,7 @@ def test_a_task_has_the_bits_that_it_has_alone_and_our_own_sums_with_any_number_
 
     def results(rows):
         given = [tensor.detach()[rows].requires_grad_() for tensor in (x, k, b, gamma)]
-        y = native.batch_norm(native.conv2d(*given[:3], stride, padding), given[3], given[2], 1e-5)
+        y = native.batch_norm(native.conv2d(*given[:3], stride, padding), given[3], given[2], 1e-5, relu=True)
         first = torch.autograd.grad(y.pow(2).sum(), given, create_graph=True)
         second = torch.autograd.grad(sum(part.pow(2).sum() for part in first), given)
         return [y, *first, *second]

@@ -1,0 +1,18 @@
+// Images of T tasks as the kernels see them: [T, n, h, w, c] in memory ("channels last"), which is what products of matrices read
+// and write without a copy; outside they look as torch's layers expect them, [T, n, c, h, w].
+
+#pragma once
+
+#include <ATen/Functions.h>
+
+namespace imaml {
+
+using at::Tensor;
+
+// [T, n, c, h, w] to look at, channels last in memory.
+Tensor empty_images(int64_t t, int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
+  return at::empty({t, n, h, w, c}, like.options()).permute({0, 1, 4, 2, 3});
+}
+Tensor channels_last(const Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
+
+}  // namespace imaml
