@@ -32,7 +32,7 @@ template <int64_t K, typename T, typename F>
 std::array<std::vector<double>, K> sums(const Rows& s, const F& begin) {
   std::array<std::vector<double>, K> sum;
   for (auto& one : sum) one.resize(s.channels);
-  over_blocks<T>(s.rows, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
+  over_blocks<T, 4>(s.rows, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
     using V = decltype(zero);
     constexpr int64_t W = sizeof(V) / sizeof(T);
     const auto add = begin(zero, channel);
@@ -49,7 +49,7 @@ std::array<std::vector<double>, K> sums(const Rows& s, const F& begin) {
 // `begin(zero, channel)` gives what is done to every row.
 template <typename T, typename F>
 void over_rows(const Rows& s, const F& begin) {
-  over_blocks<T>(s.rows, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
+  over_blocks<T, 4>(s.rows, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
     const auto work = begin(zero, channel);
     for (int64_t i = first; i < last; ++i) work(i * s.channels + channel);
   });
@@ -123,7 +123,7 @@ struct Line {
 template <bool relu, typename V>
 V passed(V g, V y) {
   if constexpr (relu)
-    return y <= V{} ? V{} : g;
+    return where_positive(g, y);
   else
     return g;
 }

@@ -1,4 +1,4 @@
-// Rows of channels, worked on a register at a time.
+// Rows of channels, worked on some registers at a time.
 
 #pragma once
 
@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 namespace imaml {
 
@@ -22,6 +23,27 @@ typedef double Doubles __attribute__((vector_size(IMAML_REGISTER)));
 template <typename T>
 using Register = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
 
+// N registers that are treated as one, so that a pass over rows reads longer pieces of memory.
+template <typename T, int N>
+struct Wide {
+  Register<T> r[N];
+};
+#define IMAML_EACH(op)                                                      \
+  template <typename T, int N>                                              \
+  inline Wide<T, N> operator op(const Wide<T, N>& a, const Wide<T, N>& b) { \
+    Wide<T, N> c;                                                           \
+    for (int i = 0; i < N; ++i) c.r[i] = a.r[i] op b.r[i];                  \
+    return c;                                                               \
+  }                                                                         \
+  template <typename T, int N>                                              \
+  inline void operator op##=(Wide<T, N>& a, const Wide<T, N>& b) {          \
+    a = a op b;                                                             \
+  }
+IMAML_EACH(+)
+IMAML_EACH(-)
+IMAML_EACH(*)
+#undef IMAML_EACH
+
 template <typename V, typename T>
 V load(const T* from) {
   V value;
@@ -33,16 +55,66 @@ void store(T* to, const V& value) {
   std::memcpy(to, &value, sizeof(V));
 }
 
-// f(zero, rows [begin, end), channel) for blocks of rows that stay in the first cache, and in them for channels, as many at once as
-// `zero` holds.
-template <typename T, typename F>
+// g where y is positive or nan, zero elsewhere.
+template <typename V>
+V where_positive(const V& g, const V& y) {
+  return y <= V{} ? V{} : g;
+}
+template <typename T, int N>
+Wide<T, N> where_positive(const Wide<T, N>& g, const Wide<T, N>& y) {
+  Wide<T, N> c;
+  for (int i = 0; i < N; ++i) c.r[i] = where_positive(g.r[i], y.r[i]);
+  return c;
+}
+
+// f(zero, rows [begin, end), channel) for blocks of rows, and in them for channels, as many at once as `zero` holds: `many`
+// registers, one, or a single channel.
+template <typename T, int many, typename F>
 void over_blocks(int64_t rows, int64_t channels, const F& f) {
-  constexpr int64_t block = 64, wide = sizeof(Register<T>) / sizeof(T);
+  constexpr int64_t block = 64, one = sizeof(Register<T>) / sizeof(T);
   for (int64_t begin = 0; begin < rows; begin += block) {
     const int64_t end = std::min(begin + block, rows);
     int64_t j = 0;
-    for (; j + wide <= channels; j += wide) f(Register<T>{}, begin, end, j);
+    if constexpr (many > 1)
+      for (; j + many * one <= channels; j += many * one) f(Wide<T, many>{}, begin, end, j);
+    for (; j + one <= channels; j += one) f(Register<T>{}, begin, end, j);
     for (; j < channels; ++j) f(T(0), begin, end, j);
+  }
+}
+
+// The even or the odd numbered places of the result are a's, the others b's; from their first or second halves.
+template <bool second, typename V, size_t... i>
+V interleaved(const V& a, const V& b, std::index_sequence<i...>) {
+  constexpr size_t lanes = sizeof...(i), from = second ? lanes / 2 : 0;
+  return __builtin_shufflevector(a, b, (i % 2 * lanes + from + i / 2)...);
+}
+
+// to(j)[i] = from(i)[j] for i < rows, j < columns; from(i) and to(j) are where rows begin.
+template <typename T, typename From, typename To>
+void transpose(int64_t rows, int64_t columns, const From& from, const To& to) {
+  using V = Register<T>;
+  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  constexpr auto each = std::make_index_sequence<lanes>();
+  const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
+  for (int64_t i = 0; i < whole_rows; i += lanes)
+    for (int64_t j = 0; j < whole_columns; j += lanes) {
+      V a[lanes], b[lanes];
+      for (int64_t r = 0; r < lanes; ++r) a[r] = load<V>(from(i + r) + j);
+#pragma GCC unroll 8
+      for (int64_t stage = 1; stage < lanes; stage *= 2) {  // each is one riffle of the cards
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < lanes / 2; ++r) {
+          b[2 * r] = interleaved<false>(a[r], a[r + lanes / 2], each);
+          b[2 * r + 1] = interleaved<true>(a[r], a[r + lanes / 2], each);
+        }
+#pragma GCC unroll 16
+        for (int64_t r = 0; r < lanes; ++r) a[r] = b[r];
+      }
+      for (int64_t r = 0; r < lanes; ++r) store(to(j + r) + i, a[r]);
+    }
+  for (int64_t j = 0; j < columns; ++j) {
+    T* out = to(j);
+    for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[i] = from(i)[j];
   }
 }
 

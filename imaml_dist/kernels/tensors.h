@@ -15,4 +15,13 @@ Tensor empty_images(int64_t t, int64_t n, int64_t c, int64_t h, int64_t w, const
 }
 Tensor channels_last(const Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
 
+// Zeros at first; begins where a register's worth of memory begins, so that no load of one touches two lines of the cache.
+template <typename T>
+struct Buffer {
+  int64_t size;
+  Tensor memory;
+  explicit Buffer(int64_t size) : size(size), memory(at::zeros({size}, c10::CppTypeToScalarType<T>::value)) {}
+  T* data() { return memory.data_ptr<T>(); }
+};
+
 }  // namespace imaml
