@@ -7,8 +7,8 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from imaml_dist.algorithms.inner import GradientDescent, InnerSolver, NewtonCG
-from imaml_dist.algorithms.linear import ConjugateGradient, LinearSolver
+from imaml_dist.algorithms.inner import GradientDescent, InnerSolver
+from imaml_dist.algorithms.linear import ConjugateGradient, Dual, LinearSolver
 from imaml_dist.algorithms.problem import TaskProblem
 from imaml_dist.algorithms.strength import ProximalStrength
 from imaml_dist.core.curvature import Matvec
@@ -95,9 +95,12 @@ class IMAML:
     def meta_gradient(self, problem: TaskProblem) -> tuple[InnerSolution, MetaGradient]:
         """See `Algorithm.meta_gradient`."""
         proximal = self.proximal(problem)
-        inner = self.adapt(problem)
-        if self.reference_inner:
+        if not self.reference_inner:
+            products = not isinstance(self.solver, Dual)  # which works with the factors
+            inner = self.inner.solve(problem, proximal, curvature=self.solver.operator if products else None)
+        else:
             assert isinstance(self.inner, GradientDescent)
+            inner = self.adapt(problem)
             inner = pull_back(problem.support_loss, problem.anchor, inner, lr=self.inner.lr, proximal=proximal)
         problem.lap("inner")
         if self.lam_offset:
@@ -111,12 +114,8 @@ class IMAML:
         return inner, replace(meta, own={})
 
     def _curvature(self, problem: TaskProblem, inner: InnerSolution) -> Matvec | None:
-        """The operator at phi: the inner solver's if it is the one asked for; None is the Hessian, not yet linearised."""
-        if (
-            inner.curvature is not None
-            and isinstance(self.inner, NewtonCG)
-            and self.inner.operator == self.solver.operator
-        ):
+        """The operator at phi: the inner solver's if it hands one on; None is the Hessian, not yet linearised."""
+        if inner.curvature is not None:
             return inner.curvature
         return problem.gauss_newton(inner.params) if self.solver.operator == "gauss_newton" else None
 

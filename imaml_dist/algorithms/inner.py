@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Protocol
 
-from imaml_dist.algorithms.problem import TaskProblem
+from imaml_dist.algorithms.problem import Operator, TaskProblem
 from imaml_dist.core.inner.adam import AdamRule
 from imaml_dist.core.inner.descent import descend
 from imaml_dist.core.inner.gradient_descent import GradientDescentRule
@@ -15,14 +15,14 @@ from imaml_dist.core.inner.rule import Rule
 from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.proximal.protocol import Proximal
 
-Operator = Literal["hessian", "gauss_newton"]
-
 
 class InnerSolver(Protocol):
     """Solves `min_phi L(phi) + R(phi - theta)` for T tasks at once."""
 
-    def solve(self, problem: TaskProblem, proximal: Proximal | None) -> InnerSolution:
-        """Without a regulariser when `proximal` is None."""
+    def solve(
+        self, problem: TaskProblem, proximal: Proximal | None, curvature: Operator | None = None
+    ) -> InnerSolution:
+        """Without a regulariser when `proximal` is None; products with `curvature` at phi are handed on where they come for free."""
         ...
 
 
@@ -44,7 +44,9 @@ class _Descent:
         """The update rule."""
         raise NotImplementedError
 
-    def solve(self, problem: TaskProblem, proximal: Proximal | None) -> InnerSolution:
+    def solve(
+        self, problem: TaskProblem, proximal: Proximal | None, curvature: Operator | None = None
+    ) -> InnerSolution:
         """See `InnerSolver.solve`."""
         return descend(
             problem.support_loss,
@@ -53,6 +55,7 @@ class _Descent:
             steps=self.steps,
             tolerance=self.tolerance,
             proximal=proximal,
+            linearise=None if curvature is None else problem.linearise(curvature),
         )
 
 
@@ -113,9 +116,11 @@ class NewtonCG:
     operator: Operator = "gauss_newton"
     damping: float = 1.0
 
-    def solve(self, problem: TaskProblem, proximal: Proximal | None) -> InnerSolution:
+    def solve(
+        self, problem: TaskProblem, proximal: Proximal | None, curvature: Operator | None = None
+    ) -> InnerSolution:
         """See `InnerSolver.solve`."""
-        return newton_cg(
+        found = newton_cg(
             problem.support_loss,
             problem.anchor,
             steps=self.steps,
@@ -123,5 +128,6 @@ class NewtonCG:
             tolerance=self.tolerance,
             proximal=proximal,
             damping=self.damping,
-            curvature_at=problem.gauss_newton if self.operator == "gauss_newton" else None,
+            linearise=problem.linearise(self.operator),
         )
+        return found if curvature == self.operator else replace(found, curvature=None)

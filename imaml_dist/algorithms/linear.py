@@ -11,7 +11,7 @@ from typing import Literal, Protocol
 
 from torch import Tensor
 
-from imaml_dist.algorithms.inner import Operator
+from imaml_dist.algorithms.problem import Operator
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.linear.direct import direct
 from imaml_dist.core.linear.dual import dual_gauss_newton

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from imaml_dist.algorithms.loss import Loss
-from imaml_dist.core.curvature import GaussNewton, Objective, gauss_newton_operator
+from imaml_dist.core.curvature import GaussNewton, Linearise, Objective, gauss_newton_operator, linearise_hessian
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.masks import derived_key
+
+Operator = Literal["hessian", "gauss_newton"]
+"""Which curvature of the support loss."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,12 @@ class TaskProblem:
     def loss_on(self, samples: Samples) -> Objective:
         """The loss of other samples of the same tasks."""
         return lambda params: self.loss(self.functional.predict(params, samples.x, samples.key), samples.y)
+
+    def linearise(self, operator: Operator) -> Linearise:
+        """The support loss at a point, with this curvature of it."""
+        if operator == "gauss_newton":
+            return lambda at: self.gauss_newton(at).linearised()
+        return lambda at: linearise_hessian(self.support_loss, at)
 
     def gauss_newton(self, at: Tensor) -> GaussNewton:
         """The Gauss-Newton operator of the support loss at parameters `[T, P]`."""

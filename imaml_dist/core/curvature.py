@@ -9,6 +9,7 @@ pass serves all tasks.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,6 +19,41 @@ Objective = Callable[[Tensor], Tensor]
 
 Matvec = Callable[[Tensor], Tensor]
 """Linear, symmetric, block-diagonal over tasks: `[T, P]` -> `[T, P]`."""
+
+
+@dataclass(frozen=True)
+class Linearised:
+    """An objective at one point, all from one forward and one differentiable backward pass.
+
+    Attributes:
+        losses: `[T]`, detached.
+        gradient: `[T, P]`, detached.
+        curvature: products with the objective's curvature there; the graph lives as long as it does.
+    """
+
+    losses: Tensor
+    gradient: Tensor
+    curvature: Matvec
+
+
+Linearise = Callable[[Tensor], Linearised]
+"""A point `[T, P]` -> an objective there with its curvature."""
+
+
+def linearise_hessian(objective: Objective, at: Tensor) -> Linearised:
+    """Loss, gradient and Hessian of an objective at a point; see `hessian_operator`."""
+    with torch.enable_grad():
+        point = at.detach().requires_grad_(True)
+        losses = objective(point)
+        (gradient,) = torch.autograd.grad(losses.sum(), point, create_graph=True)
+
+    def product(v: Tensor) -> Tensor:
+        if not gradient.requires_grad:  # the loss is linear in the parameters
+            return torch.zeros_like(v)
+        (hv,) = torch.autograd.grad(gradient, point, grad_outputs=v, retain_graph=True, materialize_grads=True)
+        return hv
+
+    return Linearised(losses.detach(), gradient.detach(), product)
 
 
 def hessian_operator(objective: Objective, at: Tensor) -> Matvec:
@@ -35,17 +71,7 @@ def hessian_operator(objective: Objective, at: Tensor) -> Matvec:
 
     Source: Pearlmutter, "Fast exact multiplication by the Hessian" (1994); iMAML section 3.2.
     """
-    with torch.enable_grad():
-        point = at.detach().requires_grad_(True)
-        (gradient,) = torch.autograd.grad(objective(point).sum(), point, create_graph=True)
-
-    def product(v: Tensor) -> Tensor:
-        if not gradient.requires_grad:  # the loss is linear in the parameters
-            return torch.zeros_like(v)
-        (hv,) = torch.autograd.grad(gradient, point, grad_outputs=v, retain_graph=True, materialize_grads=True)
-        return hv
-
-    return product
+    return linearise_hessian(objective, at).curvature
 
 
 class GaussNewton:
@@ -77,13 +103,19 @@ class GaussNewton:
         predict_each: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         self._predict, self._loss, self._at, self._predict_each = predict, loss, at.detach(), predict_each
-        self._product: Matvec | None = None
+        self._linearised: Linearised | None = None
 
     def __call__(self, v: Tensor) -> Tensor:
         """`J'S J v`: `[T, P] -> [T, P]`."""
-        if self._product is None:
-            self._product = self._linearised()
-        return self._product(v)
+        if self._linearised is None:
+            self._linearised = self._linearise()
+        return self._linearised.curvature(v)
+
+    def linearised(self) -> Linearised:
+        """Itself with loss and gradient, which come along: the gradient is `J'w`, `w` being the loss's gradient at the outputs."""
+        if self._linearised is None:
+            self._linearised = self._linearise()
+        return Linearised(self._linearised.losses, self._linearised.gradient, self)
 
     def factors(self, max_bytes: int = 4 << 30) -> tuple[Tensor, Tensor]:
         """`(F [T, r, P], d [T, r])` with `J'S J = F' diag(d) F`, where `S = V diag(d) V'` and `F = V'J`.
@@ -125,22 +157,23 @@ class GaussNewton:
         identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device).reshape(m, 1, *outputs.shape[1:])
         return torch.stack([products(row.expand_as(outputs)).flatten(1) for row in identity], dim=-1)
 
-    def _linearised(self) -> Matvec:
+    def _linearise(self) -> Linearised:
         with torch.enable_grad():
             point = self._at.clone().requires_grad_(True)
             outputs = self._predict(point)
-            cotangent = torch.zeros_like(outputs, requires_grad=True)
+        loss = linearise_hessian(self._loss, outputs)
+        with torch.enable_grad():
+            cotangent = loss.gradient.requires_grad_(True)
             (pullback,) = torch.autograd.grad(outputs, point, cotangent, create_graph=True, materialize_grads=True)
-        output_hessian = hessian_operator(self._loss, outputs)
 
         def product(v: Tensor) -> Tensor:
             (tangent,) = torch.autograd.grad(pullback, cotangent, v, retain_graph=True, materialize_grads=True)
             (result,) = torch.autograd.grad(
-                outputs, point, output_hessian(tangent), retain_graph=True, materialize_grads=True
+                outputs, point, loss.curvature(tangent), retain_graph=True, materialize_grads=True
             )
             return result
 
-        return product
+        return Linearised(loss.losses, pullback.detach(), product)
 
 
 def _rows(predict: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from imaml_dist.core.curvature import Objective
+from imaml_dist.core.curvature import Linearise, Matvec, Objective
 from imaml_dist.core.inner.problem import InnerProblem, finite
 from imaml_dist.core.inner.rule import Rule
 from imaml_dist.core.inner.solution import InnerSolution, stationarity
@@ -24,6 +24,7 @@ def descend(
     tolerance: float = 0.0,
     proximal: Proximal | None = None,
     batches: Sequence[Objective] | None = None,
+    linearise: Linearise | None = None,
 ) -> InnerSolution:
     """At most `steps` steps `phi <- phi - rule(grad G(phi))`, `G(phi) = L(phi) + R(phi - theta)`, from phi = theta.
 
@@ -43,9 +44,11 @@ def descend(
         proximal: the regulariser R; None leaves it out (MAML's inner loop).
         batches: losses of mini-batches; step k descends on number `k % len(batches)` in place of `objective`, which still
             gives loss and stationarity at both ends.
+        linearise: phi -> `objective` there with its curvature. The gradient at the end is taken with it, which costs no pass
+            more, and its curvature handed on.
 
     Returns:
-        InnerSolution; `steps` counts each task's own.
+        InnerSolution; `steps` counts each task's own; `curvature` is there with `linearise`, unless all tasks stopped early.
 
     Raises:
         ValueError: `steps` < 0, `tolerance` outside [0, 1), no batch in `batches`, or `batches` with a tolerance, for the
@@ -63,11 +66,17 @@ def descend(
         )
 
     problem = InnerProblem(objective, anchor.detach(), proximal)
+
+    def evaluated(phi: Tensor, last: bool) -> tuple[Tensor, Tensor, Matvec | None]:
+        if last and linearise is not None:
+            return problem.linearised(phi, linearise)
+        return *problem.loss_and_gradient(phi), None
+
     phi = problem.anchor
     on_host = phi.device.type == "cpu"  # reading a flag costs nothing there, and a finished batch leaves early
     with torch.no_grad():
         state = rule.start(phi)
-        losses, gradient = problem.loss_and_gradient(phi)
+        losses, gradient, curvature = evaluated(phi, last=steps == 0)
         first_loss, first_gradient = losses, gradient  # at phi = theta the proximal term and its gradient vanish
         start_norm = torch.linalg.vector_norm(gradient, dim=-1)
         threshold = tolerance * start_norm if tolerance > 0.0 else torch.full_like(start_norm, -1.0)
@@ -94,14 +103,14 @@ def descend(
             taken = taken + active
 
             if batches is None:
-                losses, gradient = problem.loss_and_gradient(phi)
+                losses, gradient, curvature = evaluated(phi, last=step == steps - 1)
                 usable = finite(losses, gradient)
                 broken = broken | (active & ~usable)
                 active = active & usable
                 if tolerance > 0.0:
                     active = active & (torch.linalg.vector_norm(gradient, dim=-1) > threshold)
         if batches is not None:
-            losses, gradient = problem.loss_and_gradient(phi)
+            losses, gradient, curvature = evaluated(phi, last=True)
         outcome = inner_outcome(first_loss, problem.total(losses, phi))
     return InnerSolution(
         params=phi,
@@ -109,6 +118,7 @@ def descend(
         stationarity=stationarity(gradient, first_gradient),
         steps=taken,
         outcome=torch.where(broken, int(TaskOutcome.NON_FINITE), outcome),
+        curvature=curvature,
     )
 
 

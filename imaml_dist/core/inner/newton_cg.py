@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from imaml_dist.core.curvature import Matvec, Objective
+from imaml_dist.core.curvature import Linearise, Matvec, Objective, linearise_hessian
 from imaml_dist.core.inner.problem import InnerProblem, finite
 from imaml_dist.core.inner.solution import InnerSolution, stationarity
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
@@ -33,7 +31,7 @@ def newton_cg(
     cg_iterations: int = 5,
     tolerance: float = 0.0,
     proximal: Proximal | None = None,
-    curvature_at: Callable[[Tensor], Matvec] | None = None,
+    linearise: Linearise | None = None,
     damping: float = 1.0,
     halvings: int = 8,
 ) -> InnerSolution:
@@ -61,7 +59,7 @@ def newton_cg(
         cg_iterations: products for a direction at most, >= 1; P and more give Newton's own direction.
         tolerance: relative gradient norm in [0, 1) at which a task stops; 0 for the step count alone.
         proximal: the regulariser; None leaves it out.
-        curvature_at: phi `[T, P]` -> products with C at phi, for example Gauss-Newton; L's Hessian when None.
+        linearise: phi `[T, P]` -> L there with its curvature C, for example Gauss-Newton; L's Hessian when None.
         damping: m at the start, >= 0, in units of curvature; 0 switches damping off.
         halvings: of the step length at most, >= 0.
 
@@ -83,7 +81,8 @@ def newton_cg(
 
     problem = InnerProblem(objective, anchor.detach(), proximal)
     phi = problem.anchor
-    losses, gradient, curvature = _linearise(problem, phi, curvature_at)
+    linearise = linearise or (lambda at: linearise_hessian(objective, at))
+    losses, gradient, curvature = problem.linearised(phi, linearise)
     first_loss, first_gradient = losses, gradient
     first_norm = torch.linalg.vector_norm(gradient, dim=-1)
     threshold = tolerance * first_norm if tolerance > 0.0 else torch.full_like(first_norm, -1.0)
@@ -122,7 +121,7 @@ def newton_cg(
         phi = torch.where(moves[:, None], phi + length[:, None] * direction, phi)
         taken = taken + moves
         del solution, curvature  # so that only one linearisation is alive at a time
-        losses, gradient, curvature = _linearise(problem, phi, curvature_at)
+        losses, gradient, curvature = problem.linearised(phi, linearise)
         usable = finite(losses, gradient)
         broken = broken | (active & ~usable)
         active = active & usable & (torch.linalg.vector_norm(gradient, dim=-1) > threshold)
@@ -136,26 +135,6 @@ def newton_cg(
         outcome=torch.where(broken, int(TaskOutcome.NON_FINITE), outcome),
         curvature=curvature,
     )
-
-
-def _linearise(
-    problem: InnerProblem, phi: Tensor, curvature_at: Callable[[Tensor], Matvec] | None
-) -> tuple[Tensor, Tensor, Matvec]:
-    """`(L(phi), grad G(phi), products with C at phi)`; the Hessian's products go through the graph of this very gradient."""
-    if curvature_at is not None:
-        return *problem.loss_and_gradient(phi), curvature_at(phi)
-    with torch.enable_grad():
-        point = phi.detach().requires_grad_(True)
-        losses = problem.objective(point)
-        (graph,) = torch.autograd.grad(losses.sum(), point, create_graph=True)
-
-    def product(v: Tensor) -> Tensor:
-        if not graph.requires_grad:  # the loss is linear in the parameters
-            return torch.zeros_like(v)
-        (hv,) = torch.autograd.grad(graph, point, grad_outputs=v, retain_graph=True, materialize_grads=True)
-        return hv
-
-    return losses.detach(), problem.with_pull(graph.detach(), phi), product
 
 
 def _system(curvature: Matvec, proximal: Proximal | None, mu: Tensor) -> Matvec:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_dist.core.curvature import Objective
+from imaml_dist.core.curvature import Linearise, Matvec, Objective
 from imaml_dist.core.outcome import all_finite
 from imaml_dist.core.proximal.protocol import Proximal
 
@@ -40,6 +40,11 @@ class InnerProblem:
             losses = self.objective(point)
             (gradient,) = torch.autograd.grad(losses.sum(), point)
         return losses.detach(), self.with_pull(gradient, phi)
+
+    def linearised(self, phi: Tensor, linearise: Linearise) -> tuple[Tensor, Tensor, Matvec]:
+        """`(L(phi), grad G(phi), products with L's curvature at phi)` from the passes of one gradient."""
+        found = linearise(phi)
+        return found.losses, self.with_pull(found.gradient, phi), found.curvature
 
     def with_pull(self, gradient: Tensor, phi: Tensor) -> Tensor:
         """`grad L(phi) + Lambda (phi - theta)`, `[T, P]`, from grad L(phi)."""

@@ -21,8 +21,8 @@ class InnerSolution:
             0 at an exact stationary point, where the implicit function theorem holds; 1 is where the solver began.
         steps: `[T]` int64.
         outcome: `[T]` int64, `TaskOutcome` codes.
-        curvature: products with the curvature of L at phi where the solver has it at hand (Newton-CG), so that the implicit
-            solve need not linearise again; None otherwise.
+        curvature: products with the curvature of L at phi where the solver has it at hand, so that the implicit solve need
+            not linearise again; None otherwise.
     """
 
     params: Tensor

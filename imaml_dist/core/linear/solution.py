@@ -32,8 +32,7 @@ class LinearSolution:
         value: `[T, P]`, the iterates x.
         outcome: `[T]` int64, `Outcome` codes.
         iterations: `[T]` int64, steps that changed x.
-        residual: `[T]`, the true relative residual `||b - A x|| / ||b||` from one product at the end, not the
-            recurrence's; 0 where b = 0.
+        residual: `[T]`, the true relative residual `||b - A x|| / ||b||`; 0 where b = 0.
     """
 
     value: Tensor

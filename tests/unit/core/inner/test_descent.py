@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from helpers.problems import Quadratics, TanhRegression
+from helpers.problems import Quadratics, TanhRegression, dense_hessian
 
+from imaml_dist.core.curvature import gauss_newton_operator, linearise_hessian
 from imaml_dist.core.inner.adam import AdamRule
 from imaml_dist.core.inner.descent import descend
 from imaml_dist.core.inner.gradient_descent import GradientDescentRule
@@ -154,3 +155,49 @@ def test_misuse_is_refused(wrong, word):
         descend(_uneven().support_loss, _theta(), GradientDescentRule(0.1), **wrong)
     with pytest.raises(ValueError, match="anchor"):
         descend(_uneven().support_loss, _theta()[0], GradientDescentRule(0.1), steps=1)
+
+
+def _linearise(problem, objective, operator):
+    """Its objective counts the passes."""
+    if operator == "hessian":
+        return lambda phi: linearise_hessian(objective, phi)
+    predict, loss = (lambda p: problem.predict(p, problem.support_x)), problem.mean_squared_error
+    return lambda phi: gauss_newton_operator(predict, lambda o: loss(o, problem.support_y), phi).linearised()
+
+
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("steps", [0, 1, 7])
+def test_the_last_gradient_comes_with_the_curvature_at_phi(operator, steps):
+    problem, theta = TanhRegression.random(TASKS, seed=5), _theta(13)
+    objective, calls = _counted(problem.support_loss)
+    options = {"steps": steps, "proximal": ScalarProximal(LAM)}
+    rule = GradientDescentRule(0.05)
+    found = descend(objective, theta, rule, **options, linearise=_linearise(problem, objective, operator))
+    assert len(calls) <= steps + 1
+    plain = descend(problem.support_loss, theta, rule, **options)
+    torch.testing.assert_close(found.params, plain.params, rtol=0, atol=0)
+    torch.testing.assert_close(found.stationarity, plain.stationarity, rtol=1e-12, atol=0)
+    torch.testing.assert_close(found.loss, plain.loss, rtol=1e-14, atol=0)
+    v = _theta(13) + 1
+    expected = dense_hessian(problem.support_loss, found.params) @ v[..., None]
+    if operator == "gauss_newton":
+        jacobian = torch.stack(
+            [
+                torch.autograd.functional.jacobian(
+                    lambda row, one=problem.task(t): one.predict(row[None], one.support_x).flatten(), found.params[t]
+                )
+                for t in range(TASKS)
+            ]
+        )
+        expected = (2 / jacobian.shape[1]) * jacobian.mT @ jacobian @ v[..., None]
+    torch.testing.assert_close(found.curvature(v), expected[..., 0], rtol=1e-11, atol=1e-12)
+
+
+def test_no_curvature_is_handed_on_where_all_tasks_stopped_early_and_none_of_another_point():
+    problem, theta = _uneven(), _theta()
+    options = {"steps": 4000, "tolerance": 1e-3, "proximal": ScalarProximal(LAM)}
+    linearise = _linearise(problem, problem.support_loss, "hessian")
+    found = descend(problem.support_loss, theta, GradientDescentRule(0.1), **options, linearise=linearise)
+    assert (found.steps < 4000).all()
+    assert found.curvature is None
+    assert descend(problem.support_loss, theta, GradientDescentRule(0.1), steps=3).curvature is None

@@ -166,3 +166,38 @@ def test_misuse_is_refused(system, wrong):
     a, b = system
     with pytest.raises(ValueError, match=r"max_iterations|tolerances"):
         conjugate_gradient(matvec_of(a), b, **wrong)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("condition", [10.0, 1e4, 1e8])
+@pytest.mark.parametrize("steps", [1, 5, 40])
+def test_the_residual_is_the_true_one_whether_it_took_a_product_or_not(dtype, condition, steps):
+    """Products are taken in float64 and rounded, so that the truth here is the iterate's, not that of a noisy product."""
+    spectrum = torch.logspace(0, -torch.tensor(condition).log10().item(), 20, dtype=torch.float64)
+    a = torch.stack([symmetric(spectrum, seed) for seed in range(3)])
+    b = torch.randn(3, 20, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    products = []
+
+    def matvec(v):
+        products.append(1)
+        return matvec_of(a)(v.double()).to(dtype)
+
+    found = conjugate_gradient(matvec, b.to(dtype), max_iterations=steps)
+    rounded = b.to(dtype).double()
+    true = (rounded - matvec_of(a)(found.value.double())).norm(dim=-1) / rounded.norm(dim=-1)
+    digits = 1e-6 if dtype == torch.float64 else 1e-2
+    torch.testing.assert_close(found.residual.double(), true, rtol=digits, atol=4 * torch.finfo(dtype).eps)
+    assert len(products) in (steps, steps + 1)
+    if steps == 5 and condition == 10.0:
+        assert len(products) == steps  # far from the last digits none is spent on the residual
+    if steps == 40 and condition == 10.0:
+        assert len(products) == steps + 1
+
+
+def test_a_task_near_its_last_digits_does_not_change_what_another_reports():
+    easy, hard = torch.eye(8, dtype=torch.float64), spd(1, 8, seed=4)[0]
+    b = torch.ones(2, 8, dtype=torch.float64)
+    together = conjugate_gradient(matvec_of(torch.stack([easy, hard])), b, max_iterations=3)
+    alone = conjugate_gradient(matvec_of(hard[None]), b[1:], max_iterations=3)
+    assert torch.equal(together.residual[1], alone.residual[0])
+    assert together.residual[0] == 0
