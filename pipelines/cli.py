@@ -95,12 +95,16 @@ def train(
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete an earlier run in the same directory and start over.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Time 10 meta-steps phase by phase and trace one: RUN/profile.")
+    ] = False,
 ) -> None:
     """Meta-train, meta-test and report. The same command again resumes."""
     with _exit_codes():
         from pipelines.train import train as run_training
 
         overrides = [*(set_ or []), *([f"run.backend={backend}"] if backend else [])]
+        overrides += ["run.profile=10"] if profile else []
         if not run_training(config, overrides, run_dir, fresh):
             raise typer.Exit(INTERRUPTED)
 

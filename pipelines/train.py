@@ -27,6 +27,7 @@ from imaml_dist.tracking.mlflow_run import MlflowRun
 from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console, kernels
+from pipelines.profile import show_profile
 from pipelines.summary import show_summary, summary
 from pipelines.tracking import finish_tracking, mlflow_run
 
@@ -83,6 +84,8 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
     if stop is Stop.INTERRUPTED:
         console.err.print(f"interrupted; the same command goes on from the last checkpoint: {run.path}", soft_wrap=True)
         return False
+    if config.run.profile:
+        show_profile(run)
     show_summary(run)
     return True
 

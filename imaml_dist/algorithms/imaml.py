@@ -16,6 +16,7 @@ from imaml_dist.core.implicit import MetaGradient, implicit_meta_gradient
 from imaml_dist.core.inner.pull_back import pull_back
 from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.linear.solution import LinearSolution, Outcome
+from imaml_dist.core.linear.system import ProximalSystem
 from imaml_dist.core.proximal.protocol import Proximal
 from imaml_dist.core.proximal.scalar import ScalarProximal
 from imaml_dist.core.vector import ParameterLayout
@@ -122,13 +123,17 @@ class IMAML:
     def _implicit(
         self, problem: TaskProblem, inner: InnerSolution, proximal: Proximal, curvature: Matvec | None
     ) -> MetaGradient:
+        def solve(system: ProximalSystem, v: Tensor) -> LinearSolution:
+            problem.lap("query")
+            return self.solver.solve(system, v)
+
         return implicit_meta_gradient(
             problem.support_loss,
             problem.query_loss,
             inner.params,
             problem.anchor,
             proximal=proximal,
-            solve=self.solver.solve,
+            solve=solve,
             curvature=curvature,
             damping=self.solver.damping,
         )

@@ -166,6 +166,14 @@ class MetaLearner:
         preflight_loss(self.loss, self._support_outputs(episodes[:1]), episodes.support_y[:1], twice=twice)
         self._tried = True
 
+    def problem(
+        self, episodes: EpisodeBatch, theta: Tensor, lap: Callable[[str], None] = lambda phase: None
+    ) -> TaskProblem:
+        """What an algorithm is given of T tasks; `lap` is called with the name of each phase as it ends."""
+        support = Samples(episodes.support_x, episodes.support_y, derived_key(episodes.key, 0))
+        query = Samples(episodes.query_x, episodes.query_y, derived_key(episodes.key, 1))
+        return self._problem(support, query, theta, lap)
+
     def _problem(
         self, support: Samples, query: Samples, theta: Tensor, lap: Callable[[str], None] = lambda phase: None
     ) -> TaskProblem:
@@ -197,12 +205,7 @@ class MetaLearner:
     def _compute(
         self, episodes: EpisodeBatch, valid: Tensor, theta: Tensor, clock: _Clock
     ) -> tuple[Tensor, TaskRecord]:
-        problem = self._problem(
-            Samples(episodes.support_x, episodes.support_y, derived_key(episodes.key, 0)),
-            Samples(episodes.query_x, episodes.query_y, derived_key(episodes.key, 1)),
-            theta,
-            clock.lap,
-        )
+        problem = self.problem(episodes, theta, clock.lap)
         inner, meta = self.algorithm.meta_gradient(problem)
         solver = getattr(self.algorithm, "solver", None)
         exclude = getattr(solver, "on_negative_curvature", "truncate") == "exclude"
@@ -249,5 +252,5 @@ class _Clock:
 
     def lap(self, phase: str) -> None:
         now = self._now()
-        self.seconds[phase] = now - self._last
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
         self._last = now

@@ -144,6 +144,8 @@ class RunConfig(Section):
     keep: int = Field(3, ge=1)
     """Newest checkpoints kept, besides the best by validation."""
     backend: Literal["ray", "local"] = "ray"
+    profile: int = Field(0, ge=0, le=1000)
+    """Meta-steps whose time rank 0 splits into phases; 0 is none. One more is traced."""
     reduction: Literal["exact", "fast"] = "exact"
     """`exact`: the same bits for any number of workers. `fast`: one plain all-reduce."""
 

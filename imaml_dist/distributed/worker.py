@@ -30,6 +30,7 @@ from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.outer import clip_norm, is_usable, learning_rate, make_optimizer
+from imaml_dist.training.profile import StepProfile
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import Best, MetaState, sha256_of
 
@@ -65,6 +66,8 @@ class Worker:
         learned = meta_parameters(self.learner)
         self.state = MetaState(learned, make_optimizer(learned, config.outer))
         self.chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
+        watch = config.run.profile > 0 and group.rank == 0
+        self._profile = StepProfile(config.run.profile, run.profile) if watch else None
 
     def run_to_end(self) -> Stop:
         """Train until the configured end or a request to stop, then meta-test unless interrupted.
@@ -93,7 +96,7 @@ class Worker:
         began, earlier = time.monotonic(), self.state.seconds
         stop = self._agree(self._should_stop())
         while stop is Stop.NOT_YET:
-            record = self._meta_step(self.state.step)
+            record = self._observed_step()
             self.state.seconds = earlier + time.monotonic() - began
             stop = self._agree(self._should_stop())
             if self.state.step % self.config.validation.every == 0 or stop in (Stop.STEPS, Stop.SECONDS):
@@ -160,10 +163,23 @@ class Worker:
         opinions = self.group.gather(torch.tensor([int(mine)], dtype=torch.float64))
         return Stop(int(max(float(o) for o in opinions)))
 
+    def _observed_step(self) -> metrics_file.Record:
+        """A meta-step, watched by rank 0 if that was asked for."""
+        if self._profile is None:
+            return self._meta_step(self.state.step)
+        record = self._profile.around(lambda: self._meta_step(self.state.step))
+        if self._profile.whole:
+            run = self.config.run
+            mine = sum(len(self.chunks[number]) for number in dealt_to(0, self.group.world, len(self.chunks)))
+            episode = self.train_source.episodes(self.state.step, range(1)).to(run.device)
+            self.run.write_json(self.run.profile_file, self._profile.result(self.learner, episode, mine, run.threads))
+            self._profile = None
+        return record
+
     def _meta_step(self, step: int) -> metrics_file.Record:
         """Compute, reduce and apply one meta-step; returns its record."""
         clock = time.perf_counter()
-        seconds = {"data": 0.0, "inner": 0.0, "solve": 0.0}
+        seconds = {"data": 0.0, "inner": 0.0, "query": 0.0, "solve": 0.0}
         gradients, rows = [], []
         for number in dealt_to(self.group.rank, self.group.world, len(self.chunks)):
             fetch = time.perf_counter()

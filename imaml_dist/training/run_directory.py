@@ -23,6 +23,7 @@ RESUMABLE = (
     "run.checkpoint_every",
     "run.keep",
     "run.give_up_after",
+    "run.profile",
     "validate.every",
     "evaluate",
     "tracking",
@@ -52,8 +53,10 @@ class RunDirectory:
         self.failure_file = path / "failure.json"
         self.mlflow_file = path / "mlflow.json"
         self.ray_scratch = path / "ray"
+        self.profile = path / "profile"
         self._files = [file for file in vars(self).values() if isinstance(file, Path) and file.suffix]
         self._files += [self.stop_file]
+        self.profile_file = self.profile / "profile.json"
         self.driver_lock = path / ".driver.lock"
         self.writer_lock = path / ".writer.lock"
 
@@ -80,7 +83,7 @@ class RunDirectory:
         Raises:
             InputError: the folder is not empty and holds no run.
         """
-        ours = {*self._files, self.checkpoints, self.ray_scratch}
+        ours = {*self._files, self.checkpoints, self.ray_scratch, self.profile}
         foreign = sorted(entry.name for entry in self._entries() if entry not in ours)
         if self._entries() and (foreign or not self.config_file.is_file()):
             what = f"it holds {foreign[0]!r}" if foreign else "it has no config.yaml"
@@ -95,7 +98,7 @@ class RunDirectory:
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for folder in (self.checkpoints, self.ray_scratch):
+        for folder in (self.checkpoints, self.ray_scratch, self.profile):
             shutil.rmtree(folder, ignore_errors=True)
         for file in self._files:
             file.unlink(missing_ok=True)
