@@ -12,7 +12,9 @@ def show_profile(run: RunDirectory) -> None:
     """Print what `RUN/profile/profile.json` says, or that the run was too short for it."""
     found = run.read_json(run.profile_file)
     if found is None:
-        console.err.print("the run ended before the meta-steps to be profiled had been taken; give it more run.steps")
+        console.err.print(
+            "the run ended before the meta-steps to be profiled had been taken; give it more run.steps", soft_wrap=True
+        )
         return
     title = (
         f"one of {found['steps']} meta-steps of rank 0: {found['tasks_per_step']} tasks, {found['threads']} threads, "
@@ -30,7 +32,7 @@ def show_profile(run: RunDirectory) -> None:
         grid.add_row(row["phase"], f"{1e3 * row['seconds']:.1f}", f"{row['share']:.1%}", *work)
     console.out.print(grid)
     console.out.print(
-        f"Peak: {found['peak_gflops']:.0f} GFLOP/s, a product of large matrices here and now. FLOPs: convolutions and products of "
-        f"matrices that any implementation needs. Trace of one step, for perfetto: {run.profile / 'trace.json.gz'}",
+        f"Peak: {found['peak_gflops']:.0f} GFLOP/s, a product of large matrices here and now. FLOPs: those of convolutions and "
+        f"products of matrices. Trace of one step, for perfetto: {run.profile / 'trace.json.gz'}",
         soft_wrap=True,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.core.vector import ParameterLayout
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.masks import derived_key
-from imaml_dist.models.preflight import preflight
+from imaml_dist.models.preflight import can_be_tried, preflight
 from imaml_dist.tasks.episode import EpisodeBatch
 from imaml_dist.tasks.validity import sanitised, validity
 
@@ -73,6 +74,7 @@ class MetaLearner:
         self.layout = ParameterLayout(names, self.functional.layout.shapes + self.own_layout.shapes)
         self._classes: int | None = None
         self._tried = False
+        self._fits = sys.maxsize  # tasks at once
 
     @property
     def model(self) -> nn.Module:
@@ -133,8 +135,8 @@ class MetaLearner:
         theta = self.meta_parameters() if theta is None else theta
         large = self.execution == "native" and episodes.support_x.shape[1] > ONE_BY_ONE
         if len(episodes) == 1 or not (large or self.execution == "loop"):
-            return self._batch_gradients(episodes, theta)
-        return TaskGradients.joined([self._batch_gradients(episodes[t : t + 1], theta) for t in range(len(episodes))])
+            return self._as_fits(episodes, theta)
+        return TaskGradients.joined([self._as_fits(episodes[t : t + 1], theta) for t in range(len(episodes))])
 
     def adapt_parameters(self, support_x: Tensor, support_y: Tensor, theta: Tensor | None = None) -> InnerSolution:
         """Adapt to T tasks as at meta-test, without dropout: `[T, n, ...]` samples and `[T, n]` labels -> phi `[T, P]`."""
@@ -160,10 +162,11 @@ class MetaLearner:
             ModelError: it cannot; the message names the layer and the way out (`models.preflight`).
             LossError: the loss is not one number per task, each of its own outputs (`algorithms.loss`).
         """
-        twice = not getattr(self.algorithm, "first_order", False)
-        vectorised = self.execution != "loop"
+        twice, vectorised = self.algorithm.second_order, self.execution != "loop"
         preflight(self.functional, episodes.support_x, episodes.key, vectorised=vectorised, twice=twice)
         preflight_loss(self.loss, self._support_outputs(episodes[:1]), episodes.support_y[:1], twice=twice)
+        # Decided here, on good samples, and not by the first task whose curvature is asked for, which may be a bad one.
+        self.functional.samples_independent(episodes.support_x, episodes.key)
         self._tried = True
 
     def problem(
@@ -173,6 +176,11 @@ class MetaLearner:
         support = Samples(episodes.support_x, episodes.support_y, derived_key(episodes.key, 0))
         query = Samples(episodes.query_x, episodes.query_y, derived_key(episodes.key, 1))
         return self._problem(support, query, theta, lap)
+
+    def usable(self, episodes: EpisodeBatch) -> tuple[EpisodeBatch, Tensor]:
+        """The episodes with zeros in place of bad tasks, and which are good, `[T]` bool (`tasks.validity`)."""
+        valid = validity(episodes, self._outputs(episodes))
+        return sanitised(episodes, valid), valid
 
     def _problem(
         self, support: Samples, query: Samples, theta: Tensor, lap: Callable[[str], None] = lambda phase: None
@@ -188,17 +196,29 @@ class MetaLearner:
             lap=lap,
         )
 
+    def _as_fits(self, episodes: EpisodeBatch, theta: Tensor) -> TaskGradients:
+        """In one call, or in several where memory does not do for all at once.
+
+        A call has two tasks at least: as many as they may be, tasks have the same bits then. A task alone takes another way
+        through torch, and may differ in its last digits, so the two or three of a smallest call are lost if they do not fit.
+        """
+        if len(episodes) < 4 or len(episodes) <= self._fits:
+            try:
+                return self._batch_gradients(episodes, theta)
+            except torch.OutOfMemoryError:
+                if len(episodes) < 4:
+                    tasks = TaskRecord.lost(len(episodes), TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
+                    return TaskGradients(theta.new_zeros(len(episodes), theta.shape[0]), tasks, seconds={})
+                self._fits = len(episodes) - 1
+        half = len(episodes) // 2
+        return TaskGradients.joined([self._as_fits(part, theta) for part in (episodes[:half], episodes[half:])])
+
     def _batch_gradients(self, episodes: EpisodeBatch, theta: Tensor) -> TaskGradients:
         clock = _Clock(theta.device)
-        valid = validity(episodes, self._outputs(episodes))
-        usable = sanitised(episodes, valid)
-        try:
-            if not self._tried:
-                self._preflight_where_finite(usable.chosen(valid))
-            rows, tasks = self._compute(usable, valid, theta, clock)
-        except torch.OutOfMemoryError:
-            tasks = TaskRecord.lost(len(episodes), TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
-            rows = theta.new_zeros(len(episodes), theta.shape[0])
+        usable, valid = self.usable(episodes)
+        if not self._tried:
+            self._preflight_where_finite(usable.chosen(valid))
+        rows, tasks = self._compute(usable, valid, theta, clock)
         clock.lap("solve")
         return TaskGradients(rows=rows, tasks=tasks, seconds=clock.seconds)
 
@@ -216,9 +236,9 @@ class MetaLearner:
         return rows, TaskRecord.of(outcome, inner, meta, problem.query_accuracy(), problem.anchor)
 
     def _preflight_where_finite(self, episodes: EpisodeBatch) -> None:
-        """With the first task that the model gives finite outputs for: what is bad about the others is said task by task."""
+        """With the first task that overflows nowhere: what is bad about the others is said task by task."""
         for t in range(len(episodes)):
-            if self._support_outputs(episodes[t : t + 1]).isfinite().all():
+            if can_be_tried(self.functional, episodes.support_x[t : t + 1], episodes.key[t : t + 1]):
                 self.preflight(episodes[t : t + 1])
                 return
 

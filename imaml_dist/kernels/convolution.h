@@ -8,6 +8,7 @@
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
+#include <atomic>
 #include <vector>
 
 #include "gathered.h"
@@ -128,11 +129,16 @@ void inputs_last(const Shape& s, const T* from, T* out) {
     transpose<T>(s.c, s.o, [&](int64_t c) { return from + c * wide; }, [&](int64_t o) { return out + o * width; });
 }
 
+// Floating point operations of all contractions so far, an addition and a multiplication as two.
+inline std::atomic<int64_t> flops{0};
+inline void count(const Shape& s) { flops += 2 * s.tasks * s.n * s.positions() * s.kernel(); }
+
 // The three contractions of the trilinear form <g, conv(x, k)>: with (x, k), with (g, k) and with (x, g).
 
 Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<Tensor>& bias_, int64_t stride,
                        int64_t padding) {
   const Shape s = shape_of(x_, k_.sizes(), stride, padding);
+  count(s);
   const Tensor x = channels_last(x_), k = rows_apart(k_), bias = bias_ ? rows_apart(*bias_) : Tensor();
   Tensor y = empty_images(s.tasks, s.n, s.o, s.oh, s.ow, x);
   const Gather places = places_under_kernel(s);
@@ -163,6 +169,7 @@ Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<T
 Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, int64_t stride, int64_t padding) {
   Tensor x = empty_images(g_.size(0), g_.size(1), k_.size(2), h, w, g_);
   const Shape s = shape_of(x, k_.sizes(), stride, padding);
+  count(s);
   const Tensor g = channels_last(g_), k = rows_apart(k_);
   const std::vector<Gather> all = places_over_input(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_input", [&] {
@@ -182,6 +189,7 @@ Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, 
 
 Tensor contract_kernel(const Tensor& x_, const Tensor& g_, int64_t kh, int64_t kw, int64_t stride, int64_t padding) {
   const Shape s = shape_of(x_, {x_.size(0), g_.size(2), x_.size(2), kh, kw}, stride, padding);
+  count(s);
   const Tensor x = channels_last(x_);
   Tensor k = at::empty({s.tasks, s.o, s.c, kh, kw}, x.options());
   const Gather places = places_under_kernel(s);

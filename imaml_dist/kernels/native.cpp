@@ -56,6 +56,7 @@ Tensor batch_norm_mapped(const Tensor& x, const Tensor& gamma, const Tensor& bet
 TORCH_LIBRARY(imaml, m) {
   m.def("conv2d(Tensor x, Tensor kernel, Tensor? bias, int stride, int padding) -> Tensor", &imaml::conv2d);
   m.def("batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> Tensor", &imaml::batch_norm);
+  m.def("flops() -> int", []() -> int64_t { return imaml::flops; });
 }
 
 TORCH_LIBRARY_IMPL(imaml, FuncTorchBatched, m) {

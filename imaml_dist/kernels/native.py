@@ -86,6 +86,12 @@ def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, relu: bool = 
     return found
 
 
+def flops() -> int:
+    """FLOPs of all convolutions and their derivatives in this process so far; a multiplication and an addition are two."""
+    found: int = torch.ops.imaml.flops()
+    return found
+
+
 def takes(*tensors: Tensor | None) -> bool:
     """Whether the kernels are made for tensors of this type and device."""
     given = [tensor for tensor in tensors if tensor is not None]

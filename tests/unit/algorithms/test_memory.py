@@ -1,0 +1,75 @@
+"""What happens where tasks do not fit into memory together, and why it changes nothing."""
+
+import pytest
+import torch
+from helpers.kernels import NATIVE
+
+from imaml_dist import IMAML, ConjugateGradient, EpisodeBatch, GradientDescent, MetaLearner
+from imaml_dist.core.outcome import TaskOutcome
+from imaml_dist.models.conv4 import Conv4
+
+TASKS, WAY = 9, 3
+EXECUTIONS = ["vmap", pytest.param("native", marks=NATIVE)]
+
+
+def learner(execution, operator="gauss_newton"):
+    torch.manual_seed(0)
+    algorithm = IMAML(0.5, GradientDescent(lr=0.1, steps=3), ConjugateGradient(max_iterations=3, operator=operator))
+    return MetaLearner(Conv4((1, 28, 28), WAY, channels=8), algorithm, execution=execution)
+
+
+def episodes():
+    x = torch.rand(TASKS, WAY, 1, 28, 28, generator=torch.Generator().manual_seed(1))
+    y = torch.arange(WAY).expand(TASKS, -1)
+    return EpisodeBatch(x, y, x.flip(-1), y, index=torch.arange(TASKS))
+
+
+def limited(subject, most, monkeypatch):
+    """Memory for `most` tasks at once."""
+    ours, sizes = subject._compute, []
+
+    def compute(usable, *rest):
+        sizes.append(len(usable))
+        if len(usable) > most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ours(usable, *rest)
+
+    monkeypatch.setattr(subject, "_compute", compute)
+    return sizes
+
+
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_a_task_has_the_same_bits_with_any_number_of_others_from_two_on(execution, operator):
+    subject = learner(execution, operator)
+    whole = subject.task_gradients(episodes())
+    for size in (2, 3, 4, 8):
+        for begin in range(0, TASKS - size + 1, size):
+            part = subject.task_gradients(episodes()[begin : begin + size])
+            assert torch.equal(part.rows, whole.rows[begin : begin + size]), (size, begin)
+            assert torch.equal(part.tasks.to_rows(), whole.tasks.to_rows()[begin : begin + size])
+
+
+@pytest.mark.parametrize("most", [2, 3, 4, 5, 8])
+def test_where_memory_does_not_do_for_all_they_are_computed_in_parts_with_the_same_bits(most, monkeypatch):
+    expected = learner("vmap").task_gradients(episodes())
+    subject = learner("vmap")
+    sizes = limited(subject, most, monkeypatch)
+    found = subject.task_gradients(episodes())
+    if most >= 3:  # nine tasks end up in threes and twos
+        assert (found.tasks.outcome == int(TaskOutcome.OK)).all()
+        assert torch.equal(found.rows, expected.rows)
+    assert min(sizes) >= 2
+    tried = len(sizes)
+    again = subject.task_gradients(episodes())
+    assert torch.equal(again.rows, found.rows)
+    if most >= 3:
+        assert max(sizes[tried:]) <= most  # what did not fit is not tried again
+
+
+def test_two_tasks_that_do_not_fit_are_lost_and_counted(monkeypatch):
+    subject = learner("vmap")
+    limited(subject, 1, monkeypatch)
+    found = subject.task_gradients(episodes())
+    assert (found.tasks.outcome == int(TaskOutcome.OUT_OF_MEMORY)).all()
+    assert (found.rows == 0).all()
