@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from imaml_dist.algorithms.algorithm import NothingOwned
 from imaml_dist.algorithms.inner import GradientDescent, InnerSolver, NewtonCG
@@ -22,9 +21,6 @@ class FOMAML(NothingOwned):
 
     Source: Finn et al. (2017), section 5.2.
     """
-
-    first_order: ClassVar[bool] = True
-    """No second derivative of the model is taken."""
 
     inner: InnerSolver = field(default_factory=GradientDescent)
 

@@ -33,7 +33,8 @@ class _Descent:
     Attributes:
         lr: step size > 0.
         steps: number of steps at most.
-        tolerance: a task stops when `||grad G(phi)|| <= tolerance ||grad G(theta)||`; 0 does all steps.
+        tolerance: a task stops when `||grad G(phi)|| <= tolerance ||grad G(theta)||`; 0 does all steps. For IMAML and FOMAML;
+            the algorithms that go through every step refuse it.
     """
 
     lr: float = 0.1
@@ -96,6 +97,19 @@ class Adam(_Descent):
 
 FirstOrder = GradientDescent | Momentum | Adam
 """Inner solvers that are a sequence of updates, and so can be unrolled."""
+
+
+def refuse_tolerance(algorithm: str, inner: FirstOrder) -> None:
+    """For algorithms whose meta-training takes every step of the inner solver, whatever the gradient.
+
+    Raises:
+        ValueError: the inner solver has a tolerance, by which it would stop earlier at meta-test than in meta-training.
+    """
+    if inner.tolerance > 0:
+        raise ValueError(
+            f"inner.tolerance: {inner.tolerance} given, but {algorithm} takes all inner steps in meta-training; set it to 0, or use "
+            "IMAML or FOMAML, which stop a task early"
+        )
 
 
 @dataclass(frozen=True)

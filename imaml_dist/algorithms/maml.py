@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from imaml_dist.algorithms.algorithm import NothingOwned
-from imaml_dist.algorithms.inner import FirstOrder, GradientDescent
+from imaml_dist.algorithms.inner import FirstOrder, GradientDescent, refuse_tolerance
 from imaml_dist.algorithms.problem import TaskProblem
 from imaml_dist.core.implicit import MetaGradient
 from imaml_dist.core.inner.solution import InnerSolution
@@ -21,11 +21,17 @@ class MAML(NothingOwned):
         inner: the updates that are unrolled.
         lam: strength of a proximal term in the inner loop; None, as in the paper, is without one.
 
+    Raises:
+        ValueError: `inner` has a tolerance; all its steps are taken.
+
     Source: Finn et al. (2017), algorithm 2.
     """
 
     inner: FirstOrder = field(default_factory=lambda: GradientDescent(lr=0.1, steps=5))
     lam: float | None = None
+
+    def __post_init__(self) -> None:
+        refuse_tolerance("MAML", self.inner)
 
     def adapt(self, problem: TaskProblem) -> InnerSolution:
         """See `Algorithm.adapt`."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from imaml_dist.algorithms.inner import GradientDescent
+from imaml_dist.algorithms.inner import GradientDescent, refuse_tolerance
 from imaml_dist.algorithms.problem import TaskProblem
 from imaml_dist.core.implicit import MetaGradient
 from imaml_dist.core.inner.descent import descend
@@ -29,11 +29,17 @@ class MetaSGD:
         inner: alpha's initial value and the number of steps (one in the paper).
         lr: outer learning rate of alpha; None is the model's.
 
+    Raises:
+        ValueError: `inner` has a tolerance; all its steps are taken.
+
     Source: Li et al. (2017), algorithm 1.
     """
 
     inner: GradientDescent = field(default_factory=lambda: GradientDescent(lr=0.1, steps=1))
     lr: float | None = None
+
+    def __post_init__(self) -> None:
+        refuse_tolerance("MetaSGD", self.inner)
 
     @property
     def second_order(self) -> bool:
@@ -60,7 +66,6 @@ class MetaSGD:
             problem.anchor,
             GradientDescentRule(problem.own[RATES]),
             steps=self.inner.steps,
-            tolerance=self.inner.tolerance,
         )
 
     def meta_gradient(self, problem: TaskProblem) -> tuple[InnerSolution, MetaGradient]:

@@ -79,9 +79,7 @@ class TaskProblem:
     def gauss_newton(self, at: Tensor) -> GaussNewton:
         """The Gauss-Newton operator of the support loss at parameters `[T, P]`."""
         samples = self.support
-
-        key = None if samples.key is None else samples.key[0]
-        independent = self.functional.samples_independent(samples.x[0], key)
+        independent = self.functional.samples_independent(samples.x, samples.key)
 
         def predict_each(params: Tensor) -> Tensor:
             return self.functional.predict(params, samples.x.flatten(0, 1).unsqueeze(1)).squeeze(1)

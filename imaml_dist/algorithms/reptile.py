@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import ClassVar
 
 from imaml_dist.algorithms.algorithm import NothingOwned
-from imaml_dist.algorithms.inner import FirstOrder, GradientDescent
+from imaml_dist.algorithms.inner import FirstOrder, GradientDescent, refuse_tolerance
 from imaml_dist.algorithms.problem import TaskProblem
 from imaml_dist.core.implicit import MetaGradient
 from imaml_dist.core.inner.descent import descend
@@ -26,13 +25,16 @@ class Reptile(NothingOwned):
     Attributes:
         inner: the updates.
 
+    Raises:
+        ValueError: `inner` has a tolerance; all its steps are taken.
+
     Source: Nichol et al. (2018), algorithm 2 and section 3.
     """
 
-    first_order: ClassVar[bool] = True
-    """No second derivative of the model is taken."""
-
     inner: FirstOrder = field(default_factory=GradientDescent)
+
+    def __post_init__(self) -> None:
+        refuse_tolerance("Reptile", self.inner)
 
     @property
     def second_order(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
@@ -17,7 +17,8 @@ class _DescentConfig(Section):
     """Step size."""
     steps: int = Field(16, ge=1, le=10**6)
     tolerance: float = Field(0.0, ge=0, lt=1)
-    """A task stops when the gradient of its objective is this fraction of the one it began with; 0 does all steps."""
+    """A task stops when the gradient of its objective is this fraction of the one it began with; 0 does all steps. Of
+    `imaml` and `fomaml`."""
 
 
 class GradientDescentConfig(_DescentConfig):
@@ -206,7 +207,21 @@ class IMAMLConfig(Section):
         return self
 
 
-class MAMLConfig(Section):
+class _EveryStepConfig(Section):
+    """An algorithm whose meta-training takes every step of the inner solver, whatever the gradient."""
+
+    @model_validator(mode="after")
+    def _no_tolerance(self) -> Self:
+        tolerance = self.inner.tolerance  # type: ignore[attr-defined]
+        if tolerance > 0:
+            raise ValueError(
+                f"algorithm.inner.tolerance: {tolerance} given, but {self.kind!r} takes all inner steps; set it to 0, "  # type: ignore[attr-defined]
+                "or use 'imaml' or 'fomaml', which stop a task early"
+            )
+        return self
+
+
+class MAMLConfig(_EveryStepConfig):
     """MAML, of second order."""
 
     kind: Literal["maml"] = "maml"
@@ -220,14 +235,14 @@ class FOMAMLConfig(Section):
     inner: InnerConfig = GradientDescentConfig()
 
 
-class ReptileConfig(Section):
+class ReptileConfig(_EveryStepConfig):
     """Reptile."""
 
     kind: Literal["reptile"] = "reptile"
     inner: UnrolledInnerConfig = GradientDescentConfig()
 
 
-class ANILConfig(Section):
+class ANILConfig(_EveryStepConfig):
     """MAML whose inner loop moves the head alone."""
 
     kind: Literal["anil"] = "anil"
@@ -236,7 +251,7 @@ class ANILConfig(Section):
     """Names of the parameters that adapt, or their dotted beginnings; empty is the last layer."""
 
 
-class MetaSGDConfig(Section):
+class MetaSGDConfig(_EveryStepConfig):
     """Learned step sizes."""
 
     kind: Literal["meta_sgd"] = "meta_sgd"

@@ -23,6 +23,8 @@ def fill_preset(raw: dict[str, Any]) -> dict[str, Any]:
     `paper` is what the paper says. `reference` is what its public code computes: an inner loop without the proximal term
     and one step on that term after it, the system `((1 + mu) I + H / (lambda + 10)) x = v` with mu = 1, Adam with an epsilon
     of 1e-3. Multiplied by c = lambda + 10 that is our system `(H + c I + c mu I) u = v`, `x = c u`: the same CG iterates.
+    One case differs: where at most one CG step is asked for, the public code returns v, the first-order gradient, without a
+    solve; ours takes the one step.
     """
     algorithm = raw.get("algorithm")
     preset = algorithm.get("preset") if isinstance(algorithm, dict) else None

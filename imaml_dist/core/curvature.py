@@ -146,7 +146,8 @@ class GaussNewton:
             )
         if separate:
             assert self._predict_each is not None
-            rows = _rows(self._predict_each, self._at.repeat_interleave(n, 0), v)
+            each_own = self._at.unsqueeze(1).expand(-1, n, -1).flatten(0, 1)  # for a single task no copies
+            rows = _rows(self._predict_each, each_own, v)
         else:
             rows = _rows(self._predict, self._at, v)
         return rows.reshape(tasks, rank, -1), d.reshape(tasks, rank)
@@ -179,13 +180,12 @@ class GaussNewton:
 def _rows(predict: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Tensor:
     """`V'J`: for every column of `v` `[B, m, r]` the gradient of outputs `[B, m]` along it, `[B, r, P]`."""
     with torch.enable_grad():
-        point = at.clone().requires_grad_(True)
+        point = at.detach().requires_grad_(True)
         outputs = predict(point).flatten(1)
-    columns = [
-        torch.autograd.grad(outputs, point, v[..., k], retain_graph=True, materialize_grads=True)[0]
-        for k in range(v.shape[-1])
-    ]
-    return torch.stack(columns, dim=1)
+    rows = at.new_empty(at.shape[0], v.shape[-1], at.shape[1])
+    for k in range(v.shape[-1]):  # each to its place at once: all of them beside their stack would be twice the memory
+        (rows[:, k],) = torch.autograd.grad(outputs, point, v[..., k], retain_graph=True, materialize_grads=True)
+    return rows
 
 
 def _spectrum(s: Tensor) -> tuple[Tensor, Tensor]:

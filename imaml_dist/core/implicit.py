@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec, Objective, hessian_operator
-from imaml_dist.core.linear.solution import LinearSolution, Outcome
+from imaml_dist.core.linear.solution import LinearSolution, relative_residual
 from imaml_dist.core.linear.system import ProximalSystem, Solve
 from imaml_dist.core.proximal.protocol import Proximal
 
@@ -43,7 +43,15 @@ class MetaGradient:
 
 
 def query_gradient(query_loss: Objective, adapted: Tensor) -> tuple[Tensor, Tensor]:
-    """`(L_query(phi), v = grad L_query(phi))`, `[T]` and `[T, P]`, from one forward and one backward pass."""
+    """`(L(phi), v = grad L(phi))` of an objective, from one forward and one backward pass.
+
+    Args:
+        query_loss: `[T, P] -> [T]`.
+        adapted: phi, `[T, P]`; not modified.
+
+    Returns:
+        Losses `[T]` and gradients `[T, P]`, detached.
+    """
     with torch.enable_grad():
         phi = adapted.detach().requires_grad_(True)
         losses = query_loss(phi)
@@ -68,8 +76,10 @@ def implicit_meta_gradient(
     problem; away from it the error is bounded by theorem 1 of the paper, so watch the inner solve's stationarity. The
     gradient with respect to Lambda's own parameters, `proximal.gradient(u, adapted - anchor)`, comes from the same solve.
 
-    Where the solver meets negative curvature in its first step no system has been solved at all: the task then gets the
-    first-order direction, `u = Lambda^-1 v` and `g = v`; its outcome and residual say so.
+    Where the solver meets negative curvature in its first step no system has been solved at all (`LinearSolution.unsolved`):
+    the task then gets the first-order direction, `u = Lambda^-1 v` and `g = v`; its outcome says so, and its residual is that
+    of this u, often above 1. It takes one more product of the system where there is such a task; on a GPU, which is not asked
+    whether there is, with every solver that can end so.
 
     Args:
         support_loss: `[T, P] -> [T]`; its Hessian is the curvature unless `curvature` is given.
@@ -93,14 +103,23 @@ def implicit_meta_gradient(
         raise ValueError(f"adapted {tuple(adapted.shape)} and anchor {tuple(anchor.shape)} differ in shape")
     losses, v = query_gradient(query_loss, adapted)
     hessian = hessian_operator(support_loss, adapted) if curvature is None else curvature
-    solution = solve(ProximalSystem(hessian, proximal, damping), v)
-    unsolved = ((solution.outcome == Outcome.NEGATIVE_CURVATURE) & (solution.iterations == 0))[:, None]
-    gradient = torch.where(unsolved, v, proximal.apply(solution.value))
-    u = torch.where(unsolved, proximal.solve(v), solution.value)
+    system = ProximalSystem(hessian, proximal, damping)
+    solution = solve(system, v)
+    gradient, unsolved = proximal.apply(solution.value), solution.unsolved
+    if unsolved is not None and (v.device.type != "cpu" or bool(unsolved.any())):
+        gradient = torch.where(unsolved[:, None], v, gradient)
+        solution = _first_order_where(unsolved, system, v, solution)
     return MetaGradient(
         gradient=gradient,
         first_order=v,
         query_loss=losses,
-        solution=replace(solution, value=u),
-        own=proximal.gradient(u, adapted - anchor),
+        solution=solution,
+        own=proximal.gradient(solution.value, adapted - anchor),
     )
+
+
+def _first_order_where(unsolved: Tensor, system: ProximalSystem, v: Tensor, solution: LinearSolution) -> LinearSolution:
+    """`solution` with `u = Lambda^-1 v` and its true residual in the tasks `unsolved`, the others as they are."""
+    u = torch.where(unsolved[:, None], system.proximal.solve(v), solution.value)
+    residual = torch.where(unsolved, relative_residual(system, v, u), solution.residual)
+    return replace(solution, value=u, residual=residual)

@@ -14,22 +14,26 @@ from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.reduction import Group, first_rank_decides, gather_chunks
-from imaml_dist.tasks.episode import TaskSource
+from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
 from imaml_dist.training import checkpoints
-from imaml_dist.training.evaluation import TASKS_AT_ONCE, WAYS, Evaluation, predict_queries, task_accuracies
+from imaml_dist.training.evaluation import COLUMNS, TASKS_AT_ONCE, Evaluation, predict_queries, task_scores
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
 
 
 def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, tasks: int) -> Evaluation:
-    """`training.evaluation.evaluate`, its chunks dealt to the workers; the same result on every rank and number of ranks."""
+    """`training.evaluation.evaluate`, its chunks dealt to the workers; the same result on every rank and number of ranks.
+
+    Raises:
+        InputError: on every rank alike, if tasks of any rank cannot be used.
+    """
     device = next(learner.model.parameters()).device
     chunks = chunks_of(tasks, TASKS_AT_ONCE)
     dealt = dealt_to(group.rank, group.world, len(chunks))
-    mine = torch.zeros(len(dealt), TASKS_AT_ONCE, WAYS, dtype=torch.float64)
+    mine = torch.zeros(len(dealt), TASKS_AT_ONCE, COLUMNS, dtype=torch.float64)
     for row, number in enumerate(dealt):
-        accuracies = task_accuracies(learner, source.episodes(0, chunks[number]).to(device))
-        mine[row, : len(accuracies)] = accuracies.cpu()
+        scores = task_scores(learner, source.episodes(0, chunks[number]).to(device))
+        mine[row, : len(scores)] = scores.cpu()
     rows = gather_chunks(group, mine, len(chunks)).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 
@@ -85,11 +89,18 @@ def meta_test(
             "support_labels": episodes.support_y[0].tolist(),
             "query": _pixels(episodes.query_x[0]),
             "query_labels": episodes.query_y[0].tolist(),
-            "predictions": predict_queries(trained, episodes).transductive[0].tolist(),
-            "untrained_predictions": predict_queries(untrained, episodes).transductive[0].tolist(),
+            "predictions": _predictions(trained, episodes),
+            "untrained_predictions": _predictions(untrained, episodes),
         }
         run.write_json(run.evaluation_file, result)
     return result
+
+
+def _predictions(learner: MetaLearner, episodes: EpisodeBatch) -> list[int]:
+    """Of the query images together; several classes have several, enough for batch statistics."""
+    labels = predict_queries(learner, episodes).transductive
+    assert labels is not None
+    return [int(label) for label in labels[0]]
 
 
 def _pixels(images: Tensor) -> str:

@@ -2,7 +2,7 @@
 
 | layer | policy |
 |---|---|
-| batch normalisation, training | statistics of the samples at hand; running statistics are neither read nor written |
+| batch normalisation, training | statistics of the samples at hand (two values a channel or more); running ones are not read nor written |
 | batch normalisation, evaluation | its running statistics, as constants |
 | dropout, training | a mask that follows from the task's key; without a key nothing is dropped |
 | attention | torch's mathematics without its fused kernels, which have no second derivative |
@@ -88,14 +88,19 @@ class ForwardPolicy(TorchFunctionMode):
     ) -> Tensor:
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
-        axes = [axis for axis in range(input.dim()) if axis != 1]
         if self._statistics is not None:
             if len(self.seen) == len(self._statistics):
                 raise ModelError("batch normalisation is called more often for query than for support samples")
             mean, variance = self._statistics[len(self.seen)]
             self.seen.append((mean, variance))
             return F.batch_norm(input, mean, variance, weight, bias, False, momentum, eps)
+        if input.numel() == input.shape[1]:
+            raise ModelError(
+                f"batch normalisation of an input of shape {tuple(input.shape)}: one value per channel has no statistics; give two "
+                "samples or more, or use running statistics (.eval() on the layer) or another normalisation"
+            )
         if self._collect:
+            axes = [axis for axis in range(input.dim()) if axis != 1]
             self.seen.append((input.mean(axes), input.var(axes, correction=0)))
         if weight is not None and bias is not None and self._takes_norm(input, weight, bias):
             return kernels.batch_norm(input, weight, bias, eps)
@@ -107,7 +112,7 @@ class ForwardPolicy(TorchFunctionMode):
         return F.relu(self._batch_norm(input, None, None, weight, bias, training=True, eps=eps))
 
     def _takes_norm(self, input: Tensor, weight: Tensor, bias: Tensor) -> bool:
-        several = input.dim() == 4 and input.numel() > input.shape[1]  # a single value a channel is for torch to refuse
+        several = input.dim() == 4 and input.numel() > input.shape[1]  # a single value a channel is refused
         return self.native and several and kernels.takes(input, weight, bias)
 
     def _conv2d(

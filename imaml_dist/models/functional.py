@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,8 @@ from imaml_dist.core.vector import ParameterLayout
 from imaml_dist.errors import ModelError
 from imaml_dist.kernels import native as kernels
 from imaml_dist.models.forward_policy import ForwardPolicy
+
+Answer = TypeVar("Answer")
 
 
 class FunctionalModel:
@@ -31,6 +33,11 @@ class FunctionalModel:
         module: any module whose output depends on parameters and input alone (see Raises, and `models.preflight`).
         native: evaluate convolutions and batch normalisations by `kernels.native` where they fit.
 
+    Attributes:
+        module, native: as given.
+        layout: of the meta-parameters in a vector `[P]`.
+        slots: the name in the layout for every place in the module that holds a meta-parameter.
+
     Raises:
         ModelError: no parameter requires a gradient, one has no shape yet, or a layer can never work: normalisation
             across processes, embeddings with sparse gradients or renormalised weights.
@@ -41,7 +48,7 @@ class FunctionalModel:
         _refuse_layers(module)
         if native:
             kernels.load()
-        self._native = native
+        self.native = native
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ModelError(
@@ -50,15 +57,15 @@ class FunctionalModel:
             )
         self.module = module
         self.layout = ParameterLayout.of(trainable)
-        self._slots = _slots(module, trainable)
+        self.slots = _slots(module, trainable)
         self._counters = [
             f"{name}.num_batches_tracked".lstrip(".") for name, layer in module.named_modules() if _counts(layer)
         ]
-        self._independent: dict[bool, bool] = {}
+        self._tried: dict[Hashable, Any] = {}
 
     def policy(self, key: Tensor | None = None, **options: Any) -> ForwardPolicy:
         """A policy for one evaluation of the module; see `ForwardPolicy` for the options."""
-        return ForwardPolicy(key, native=self._native, **options)
+        return ForwardPolicy(key, native=self.native, **options)
 
     def parameters(self) -> Tensor:
         """The module's own parameters as one detached vector `[P]`, in a copy."""
@@ -79,14 +86,24 @@ class FunctionalModel:
             params: `[T, P]`.
             x: `[T, n, ...]`.
             key: `[T]` int64, from which the dropout masks of a task follow; None: nothing is dropped.
+
+        Raises:
+            ModelError: a batch normalisation in training mode has one value per channel.
         """
-        return _over_tasks(self._single, params, x, key)
+        return over_tasks(self._single, params, x, key)
 
     def predict_inductive(self, params: Tensor, support_x: Tensor, query_x: Tensor) -> Tensor:
         """Outputs `[T, n, ...]` of query samples, each as if it were alone: batch statistics come from the support samples.
 
         The module is evaluated on the support samples, and then on the query samples with the means and (biased)
-        variances found there, taken in the order in which batch normalisations are called. Nothing is dropped.
+        variances found there, taken in the order in which batch normalisations are called. Nothing is dropped. That nothing
+        else connects the samples is tried once, on a task whose outputs are finite; until there is one, the query samples
+        are evaluated one by one.
+
+        Args:
+            params: `[T, P]`.
+            support_x: `[T, n, ...]`.
+            query_x: `[T, m, ...]`; m = 1 will do.
 
         Raises:
             ModelError: a query sample's output depends on the others in another way, or the two evaluations call batch
@@ -96,46 +113,55 @@ class FunctionalModel:
         def single(params: Tensor, samples: tuple[Tensor, Tensor]) -> Tensor:
             support, query = samples
             seen = self.policy(collect=True)
-            self._call(params, support, seen)
+            self.evaluate(params, support, seen)
             policy = self.policy(statistics=seen.seen)
-            outputs = self._call(params, query, policy)
+            outputs = self.evaluate(params, query, policy)
             if len(policy.seen) != len(seen.seen):
                 raise ModelError("batch normalisation is called more often for support than for query samples")
             return outputs
 
-        def alone(x: Tensor) -> Tensor:
-            return single(self.parameters(), (support_x[0], x))
+        def alone(task: int) -> bool | None:
+            # Support samples too, for a single query sample has none beside it.
+            together = torch.cat([support_x[task], query_x[task]])
+            return _independent(lambda x: single(self.parameters(), (support_x[task], x)), together)
 
-        if not self._tried(True, lambda: _independent(alone, query_x[0])):
+        independent = self.tried("inductive", alone, len(query_x))
+        if independent is False:
             raise ModelError(
                 f"{type(self.module).__name__} mixes the samples of a batch in another way than by batch normalisation, so a query "
                 "sample cannot be classified alone"
             )
-        return _over_tasks(single, params, (support_x, query_x))
+        parts = [query_x] if independent else torch.chunk(query_x, query_x.shape[1], dim=1)
+        return torch.cat([over_tasks(single, params, (support_x, part)) for part in parts], dim=1)
 
     def samples_independent(self, x: Tensor, key: Tensor | None = None) -> bool:
-        """Whether samples can be evaluated one by one under parameters of their own, tried once on samples `x` `[n, ...]`.
+        """Whether samples can be evaluated one by one under parameters of their own.
 
-        Batch statistics make a sample depend on all others, dropout (with this key) on its place among them, and some
-        modules cannot be vectorised over parameters.
+        Batch statistics make a sample depend on all others, dropout on its place among them, and some modules cannot be
+        vectorised over parameters. Tried once with keys and once without, on a task whose outputs are finite; false, and
+        open for the next call, as long as there is none.
+
+        Args:
+            x: `[T, n, ...]`.
+            key: `[T]` int64, of the dropout masks; None: nothing is dropped.
         """
 
-        def find() -> bool:
+        def find(task: int) -> bool | None:
             if not x.is_floating_point():  # what can be tried there depends on the samples, and the answer must not
                 return False
-            policy = self.policy(key)
+            samples = x[task] if x.shape[1] > 1 else x[task].expand(2, *x.shape[2:])
+            policy = self.policy(None if key is None else key[task])
             with torch.no_grad():
-                self._call(self.parameters(), x, policy)
+                self.evaluate(self.parameters(), samples, policy)
                 try:
-                    self.predict(self.parameters().expand(2, -1), x[[0, 0], None])
-                except (
-                    RuntimeError,
-                    ValueError,
-                ):  # not vectorised; or a batch of one sample, which batch statistics refuse
+                    self.predict(self.parameters().expand(2, -1), samples[[0, 0], None])
+                except torch.OutOfMemoryError:  # says nothing
+                    raise
+                except Exception:  # not vectorised, or one sample has no batch statistics
                     return False
-            return not policy.dropped and _independent(lambda x: self._single(self.parameters(), x), x)
+            return False if policy.dropped else _independent(lambda x: self._single(self.parameters(), x), samples)
 
-        return self._tried(False, find)
+        return bool(self.tried(("independent", key is None), find, len(x)))
 
     def standalone(self, vector: Tensor) -> nn.Module:
         """An ordinary module of its own with parameters `[P]`, in evaluation mode, that predicts as `predict` does.
@@ -151,17 +177,23 @@ class FunctionalModel:
         FunctionalModel(module).load(vector)
         return module.eval()
 
-    def _tried(self, inductive: bool, find: Callable[[], bool]) -> bool:
-        if inductive not in self._independent:
-            self._independent[inductive] = find()
-        return self._independent[inductive]
+    def tried(self, what: Hashable, find: Callable[[int], Answer | None], tasks: int) -> Answer | None:
+        """What `find` answers for the first of so many tasks that tells, remembered; None where none does, to be asked again."""
+        if what not in self._tried:
+            answer = next((answer for task in range(tasks) if (answer := find(task)) is not None), None)
+            if answer is None:
+                return None
+            self._tried[what] = answer
+        found: Answer = self._tried[what]
+        return found
 
     def _single(self, params: Tensor, x: Tensor, key: Tensor | None = None) -> Tensor:
-        return self._call(params, x, self.policy(key))
+        return self.evaluate(params, x, self.policy(key))
 
-    def _call(self, params: Tensor, x: Tensor, policy: ForwardPolicy) -> Tensor:
+    def evaluate(self, params: Tensor, x: Tensor, policy: ForwardPolicy) -> Tensor:
+        """Outputs `[n, ...]` of samples `x` `[n, ...]` under parameters `[P]`: one task, one call of the module."""
         named = self.layout.unflatten(params)
-        replaced = {slot: named[name] for slot, name in self._slots.items()}
+        replaced = {slot: named[name] for slot, name in self.slots.items()}
         for counter in self._counters:  # training-mode layers count their calls, here in a copy that is thrown away
             replaced[counter] = self.module.get_buffer(counter).clone()
         with policy:
@@ -173,7 +205,7 @@ class FunctionalModel:
         return outputs
 
 
-def _over_tasks(single: Callable[..., Tensor], params: Tensor, *arguments: object) -> Tensor:
+def over_tasks(single: Callable[..., Tensor], params: Tensor, *arguments: object) -> Tensor:
     """`single` for every task: arguments are tensors with a leading task axis, tuples of such, or None."""
     if params.shape[0] == 1:
         return single(params[0], *(_first(argument) for argument in arguments)).unsqueeze(0)
@@ -187,20 +219,23 @@ def _first(argument: object) -> object:
     return argument[0] if isinstance(argument, Tensor) else argument
 
 
-def _independent(function: Callable[[Tensor], Tensor], x: Tensor) -> bool:
+def _independent(function: Callable[[Tensor], Tensor], x: Tensor) -> bool | None:
     """Whether no sample's output depends on another sample: one is replaced, and the outputs of the others keep their bits.
 
-    It is replaced by nan, which spreads to all that it reaches, or by another one where samples are whole numbers. False
-    where that tells nothing: a single sample, or equal ones.
+    It is replaced by nan, which spreads to all that it reaches, or by another one where samples are whole numbers. None
+    where that tells nothing: a single sample, equal ones, or outputs that are not finite anyhow.
     """
     others = [sample for sample in x[1:] if x.is_floating_point() or not torch.equal(sample, x[0])]
     if not others:
-        return False
+        return None
     poisoned = x.clone()
     poisoned[0] = torch.nan if x.is_floating_point() else others[0]
     with torch.no_grad():
-        clean, found = function(x), function(poisoned)
-    return bool(torch.equal(clean[1:], found[1:]))
+        clean, found = (
+            function(x.clone()),
+            function(poisoned),
+        )  # both at the beginning of a block of memory, for equal bits
+    return bool(torch.equal(clean[1:], found[1:])) if clean.isfinite().all() else None
 
 
 def _slots(module: nn.Module, trainable: dict[str, nn.Parameter]) -> dict[str, str]:

@@ -24,7 +24,8 @@ def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised
     """Refuse a model that cannot be meta-trained.
 
     In this order: the forward pass is repeated and must give the same bits; it must leave buffers and parameters as they
-    were; gradients must be those of a copy of the module that owns the parameters; second derivatives must exist, and must be
+    were; outputs and gradients must be finite; gradients must be those of a copy of the module that owns the parameters;
+    second derivatives must exist, and must be
     the central differences of the first in a float64 copy; two tasks vectorised must agree with one at a time, in outputs
     and gradients.
 
@@ -66,11 +67,34 @@ def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised
             "detach them, nor compute them under torch.no_grad()"
         )
     rough = _roughened(x)
+    slopes = (_gradient(functional, at, rough[:1], key[:1]) for at in (params, _moved(functional.parameters())[None]))
+    if not all(slope.norm().isfinite() for slope in slopes):
+        raise ModelError(
+            f"{type(functional.module).__name__} gives outputs or gradients that are not finite for samples near the finite ones given, "
+            f"whose largest number is {float(x.abs().max()):.1e}; scale the samples down, or remove what overflows"
+        )
     _compare_with_module(functional, rough[:1], key[:1])
     if twice:
         _differentiate_twice(functional, rough[:1], key[:1])
     if vectorised:
         _vectorise(functional, rough, key)
+
+
+def can_be_tried(functional: FunctionalModel, x: Tensor, key: Tensor) -> bool:
+    """Whether `preflight` can tell something by these samples: the model and its derivatives do not overflow on them.
+
+    Args:
+        functional: the model.
+        x: `[1, n, ...]`, finite.
+        key: `[1]`, of the dropout masks.
+    """
+    params = functional.parameters()[None].requires_grad_()
+    with torch.enable_grad():
+        outputs = functional.predict(params, x, key)
+    if not outputs.requires_grad or not outputs.isfinite().all():
+        return not outputs.requires_grad  # which is refused whatever the samples
+    # Squared, which leaves room for what is larger elsewhere.
+    return bool(_gradient(functional, params, _roughened(x), key).square().sum().isfinite())
 
 
 def _gradient(functional: FunctionalModel, params: Tensor, x: Tensor, key: Tensor, graph: bool = False) -> Tensor:

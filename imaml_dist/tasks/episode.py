@@ -24,6 +24,9 @@ class EpisodeBatch:
         index: `[T]` int64, the tasks' numbers within their meta-step.
         key: `[T]` int64, from which the dropout masks of a task follow; different for every task that is ever drawn. The
             index where None is given: then every meta-step drops alike.
+
+    Raises:
+        InputError: the tensors differ in the number of tasks, or samples and their labels in number.
     """
 
     support_x: Tensor
@@ -36,6 +39,15 @@ class EpisodeBatch:
     def __post_init__(self) -> None:
         if self.key is None:
             object.__setattr__(self, "key", self.index)
+        tasks, support, query = self.index.shape, self.support_x.shape[:2], self.query_x.shape[:2]
+        one_row_each = len(tasks) == 1 and self.key.shape == support[:1] == query[:1] == tasks
+        labelled = self.support_y.shape[:2] == support and self.query_y.shape[:2] == query
+        if not (one_row_each and labelled and len(support) == len(query) == 2):
+            given = ", ".join(f"{name} {tuple(getattr(self, name).shape)}" for name in _TENSORS)
+            raise InputError(
+                f"episodes of {given}: each needs one row per task, support_x and support_y one entry per sample after that, query_x "
+                "and query_y too; give tasks of several shapes as a list of batches"
+            )
 
     def __len__(self) -> int:
         return int(self.index.shape[0])

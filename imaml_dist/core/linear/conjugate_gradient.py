@@ -8,7 +8,9 @@ Differences from the textbook routine (Hestenes and Stiefel 1952; Nocedal and Wr
    would climb: the task keeps the iterate it has (Steihaug 1983).
 3. The residual reported is the true one. The recurrence's `r = b - sum alpha A p` differs from `b - A x` by rounding
    alone, which stays below `sqrt(eps)` of the distance `sum alpha ||A p||` that it came; where it is larger than that, as it is
-   unless a solve has nearly come to the end of its digits, it is taken, and a product of its own tells elsewhere.
+   unless a solve has nearly come to the end of its digits, it is taken, and a product of its own tells elsewhere. Where that
+   says that the recurrence only seemed to converge, so does the outcome.
+4. The solve is for the way from the start, in units of the first residual (`unit`), so that a small right side is no zero.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, relative_residual
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, at_once, check_arguments, dot, judged, ratio, unit
 
 
 def conjugate_gradient(
@@ -47,7 +49,8 @@ def conjugate_gradient(
         preconditioner: `[T, P] -> [T, P]`, an approximation of A's inverse, symmetric positive definite.
 
     Returns:
-        LinearSolution. With outcome NEGATIVE_CURVATURE and 0 iterations `value` is the start itself.
+        LinearSolution. Where `unsolved` `value` is the start itself. CONVERGED only where the true residual is at most `SLACK`
+        times the tolerance; MAX_ITERATIONS where rounding ended the descent before.
 
     Raises:
         ValueError: `max_iterations` < 1, a negative tolerance, or shapes that differ.
@@ -57,21 +60,24 @@ def conjugate_gradient(
     check_arguments(b, max_iterations, rtol, atol, x0)
     tiny = torch.finfo(b.dtype).eps
     running, negative = int(Outcome.MAX_ITERATIONS), int(Outcome.NEGATIVE_CURVATURE)
-    threshold = torch.clamp(rtol * torch.linalg.vector_norm(b, dim=-1), min=atol)
+    r = b if x0 is None else b - matvec(x0)
+    units = unit(r)
+    r, target = r / units, b / units
+    norm_b = torch.linalg.vector_norm(target, dim=-1)
+    threshold = torch.maximum(rtol * norm_b, atol / units[:, 0])
 
-    x = torch.zeros_like(b) if x0 is None else x0.clone()
-    r = b.clone() if x0 is None else b - matvec(x0)
+    x = torch.zeros_like(b)  # the way from the start, in these units
     z = r if preconditioner is None else preconditioner(r)
     p, rz = z, dot(r, z)
     finite = rz.isfinite()
-    x = torch.where(finite[:, None], x, 0.0)
+    start = None if x0 is None else torch.where(finite[:, None], x0, 0.0)
     done = torch.linalg.vector_norm(r, dim=-1) <= threshold
     active = finite & ~done
     outcome = torch.full_like(rz, running, dtype=torch.int64)
     outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
     outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
     iterations = torch.zeros_like(outcome)
-    distance = torch.linalg.vector_norm(b - r, dim=-1)  # that r came
+    distance = torch.linalg.vector_norm(target - r, dim=-1)  # that r came
     # On the CPU reading a flag costs nothing: a finished batch can leave early, and one in which no task has ended is spared the
     # masks. Both give the same result.
     on_host = b.device.type == "cpu"
@@ -113,7 +119,13 @@ def conjugate_gradient(
 
     norm = torch.linalg.vector_norm(r, dim=-1)
     trusted = norm > tiny**0.5 * distance  # false where anything is not finite
-    residual = norm / torch.linalg.vector_norm(b, dim=-1)
+    value = units * x if start is None else torch.addcmul(start, units, x)
     if not (on_host and bool(trusted.all())):
-        residual = torch.where(trusted, residual, relative_residual(matvec, b, x))
-    return LinearSolution(value=x, outcome=outcome, iterations=iterations, residual=residual)
+        norm = torch.where(trusted, norm, torch.linalg.vector_norm((b - matvec(value)) / units, dim=-1))
+    return LinearSolution(
+        value=value,
+        outcome=judged(outcome, norm, threshold),
+        iterations=iterations,
+        residual=ratio(norm, norm_b),
+        unsolved=at_once(outcome, iterations),
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import GaussNewton
-from imaml_dist.core.linear.solution import LinearSolution, Outcome
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, relative_size
 from imaml_dist.core.linear.system import ProximalSystem
 
 
@@ -45,8 +45,6 @@ def dual_gauss_newton(system: ProximalSystem, b: Tensor) -> LinearSolution:
     u = torch.where(solved[:, None], u, 0.0)
 
     curved = torch.einsum("trp,tr->tp", factors, d * torch.einsum("trp,tp->tr", factors, u))
-    norm_r = torch.linalg.vector_norm(b - curved - system.proximal.apply(u) - system.damping * u, dim=-1)
-    norm_b = torch.linalg.vector_norm(b, dim=-1)
-    residual = torch.where((norm_r == 0) & (norm_b == 0), 0.0, norm_r / norm_b)
+    residual = relative_size(b - curved - system.proximal.apply(u) - system.damping * u, b)
     outcome = torch.where(solved, int(Outcome.CONVERGED), int(Outcome.NON_FINITE))
     return LinearSolution(u, outcome, torch.full_like(outcome, d.shape[-1]), residual)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, relative_residual
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, judged, ratio, unit
 
 
 def minres(
@@ -22,7 +22,9 @@ def minres(
     """`A_t x_t = b_t` for every task t, A symmetric: the x in the Krylov space with the smallest `||b - A x||`.
 
     A Lanczos process builds an orthogonal basis in which A is tridiagonal; Givens rotations turn that into a triangle as
-    it grows. Positive definiteness is not needed, so negative curvature is no obstacle and the residual never grows.
+    it grows. Positive definiteness is not needed, so negative curvature is no obstacle. In exact arithmetic the residual never
+    grows; in rounded arithmetic the basis loses its orthogonality, and on ill-conditioned systems (about 1e5 in float32) x can
+    end far from where the recurrence believes. So the true residual decides at the end: never a worse iterate than the start.
 
     A task ends when its residual norm is at most `max(rtol ||b||, atol)` (both in the norm of the preconditioner where there
     is one), when the Krylov space is exhausted, when a number is not finite, or after `max_iterations`. Cost: one product an
@@ -38,7 +40,9 @@ def minres(
         preconditioner: `[T, P] -> [T, P]`, an approximation of the inverse of |A|, symmetric positive definite.
 
     Returns:
-        LinearSolution; never NEGATIVE_CURVATURE. On a singular system without a solution `value` minimises the residual.
+        LinearSolution; never NEGATIVE_CURVATURE. CONVERGED only where the true residual is at most `SLACK` times the tolerance;
+        where it is larger than the start's, `value` is the start, with 0 iterations and MAX_ITERATIONS, and `unsolved` says so.
+        On a singular system without a solution `value` minimises the residual.
 
     Raises:
         ValueError: `max_iterations` < 1, a negative tolerance, or shapes that differ.
@@ -50,14 +54,17 @@ def minres(
     tiny = torch.finfo(b.dtype).eps
     zero = torch.zeros_like(b)
 
-    x = zero if x0 is None else x0.clone()
     r = b if x0 is None else b - matvec(x0)
+    units = unit(r)
+    r, target = r / units, b / units
     z = precondition(r)
     beta = dot(r, z).sqrt()  # nan where the preconditioner is not positive definite
-    start = dot(b, precondition(b)).sqrt() if x0 is not None else beta
-    threshold = torch.clamp(rtol * start, min=atol)
+    size_b = dot(target, precondition(target)).sqrt() if x0 is not None else beta
+    threshold = torch.maximum(rtol * size_b, atol / units[:, 0])
     finite = beta.isfinite()
-    x = torch.where(finite[:, None], x, 0.0)
+    start = zero if x0 is None else torch.where(finite[:, None], x0, 0.0)
+    first_norm, first_size = torch.linalg.vector_norm(r, dim=-1), beta
+    x = zero  # the way from the start, in these units
     done = finite & (beta <= threshold)
     active = finite & ~done
     outcome = torch.full_like(beta, int(Outcome.MAX_ITERATIONS), dtype=torch.int64)
@@ -114,4 +121,16 @@ def minres(
         cosine, sine = torch.where(active, cosine_next, -1.0), torch.where(active, sine_next, 0.0)
         dbar, epsilon = torch.where(active, dbar_next, 0.0), torch.where(active, epsilon_next, 0.0)
 
-    return LinearSolution(value=x, outcome=outcome, iterations=iterations, residual=relative_residual(matvec, b, x))
+    value = torch.addcmul(start, units, x)
+    r = (b - matvec(value)) / units
+    norm, size = torch.linalg.vector_norm(r, dim=-1), dot(r, precondition(r)).sqrt()
+    spoiled = (outcome != int(Outcome.NON_FINITE)) & ~(size <= first_size)
+    outcome = judged(outcome, torch.where(spoiled, first_size, size), threshold)
+    iterations = torch.where(spoiled, 0, iterations)
+    return LinearSolution(
+        value=torch.where(spoiled[:, None], start, value),
+        outcome=outcome,
+        iterations=iterations,
+        residual=ratio(torch.where(spoiled, first_norm, norm), torch.linalg.vector_norm(target, dim=-1)),
+        unsolved=(outcome == int(Outcome.MAX_ITERATIONS)) & (iterations == 0),
+    )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, relative_residual
+from imaml_dist.core.linear.solution import LinearSolution, Outcome, at_once, check_arguments, dot, judged, ratio, unit
 
 
 def neumann(
@@ -40,7 +40,7 @@ def neumann(
         x0: `[T, P]`, start; zero when None.
 
     Returns:
-        LinearSolution.
+        LinearSolution. CONVERGED only where the true residual is at most `SLACK` times the tolerance.
 
     Raises:
         ValueError: `max_iterations` < 1, a negative tolerance, `scale` <= 0, or shapes that differ.
@@ -51,12 +51,15 @@ def neumann(
     if scale is not None and not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}")
     tiny = torch.finfo(b.dtype).eps
-    threshold = torch.clamp(rtol * torch.linalg.vector_norm(b, dim=-1), min=atol)
-    x = torch.zeros_like(b) if x0 is None else x0.clone()
     r = b if x0 is None else b - matvec(x0)
+    units = unit(r)
+    r = r / units
+    norm_b = torch.linalg.vector_norm(b / units, dim=-1)
+    threshold = torch.maximum(rtol * norm_b, atol / units[:, 0])
+    x = torch.zeros_like(b)  # the way from the start, in these units
     norm = torch.linalg.vector_norm(r, dim=-1)
     finite = norm.isfinite()
-    x = torch.where(finite[:, None], x, 0.0)
+    start = None if x0 is None else torch.where(finite[:, None], x0, 0.0)
     done = finite & (norm <= threshold)
     active = finite & ~done
     outcome = torch.full_like(norm, int(Outcome.MAX_ITERATIONS), dtype=torch.int64)
@@ -88,4 +91,12 @@ def neumann(
         outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
         active = active & ~done
 
-    return LinearSolution(value=x, outcome=outcome, iterations=iterations, residual=relative_residual(matvec, b, x))
+    value = units * x if start is None else torch.addcmul(start, units, x)
+    norm = torch.linalg.vector_norm((b - matvec(value)) / units, dim=-1)
+    return LinearSolution(
+        value=value,
+        outcome=judged(outcome, norm, threshold),
+        iterations=iterations,
+        residual=ratio(norm, norm_b),
+        unsolved=at_once(outcome, iterations),
+    )

@@ -15,13 +15,20 @@ class Outcome(IntEnum):
     """How the solve of one task ended. A value, never an exception: one bad task must not stop the others."""
 
     CONVERGED = 0
-    """The residual fell below the tolerance."""
+    """The residual fell below the tolerance, and the true one is at most `SLACK` times it; without a tolerance (the exact
+    solvers): the solve went through."""
     MAX_ITERATIONS = 1
-    """The iteration budget was spent first: the normal end with a fixed budget, accepted and counted."""
+    """The iteration budget was spent first: the normal end with a fixed budget, accepted and counted. Also where a solver's
+    recurrence ended below the tolerance but the true residual is above `SLACK` times it: the type's digits were spent first."""
     NEGATIVE_CURVATURE = 2
     """A direction p with p'Ap <= 0 was met: A is not positive definite. `value` is the iterate before it."""
     NON_FINITE = 3
     """The right-hand side or a product was not finite. `value` is the last finite iterate."""
+
+
+SLACK = 2.0
+"""Multiple of the tolerance that the true residual of a converged solve may reach. A recurrence that ends at the tolerance
+differs from the truth by rounding; within a digit of it that is no failure, beyond it is one."""
 
 
 @dataclass(frozen=True)
@@ -33,12 +40,15 @@ class LinearSolution:
         outcome: `[T]` int64, `Outcome` codes.
         iterations: `[T]` int64, steps that changed x.
         residual: `[T]`, the true relative residual `||b - A x|| / ||b||`; 0 where b = 0.
+        unsolved: `[T]` bool, tasks that got no step at all, so that `value` is the start: the very first met negative curvature
+            (or, with MINRES, all of them drowned in rounding); None from solvers that cannot end so.
     """
 
     value: Tensor
     outcome: Tensor
     iterations: Tensor
     residual: Tensor
+    unsolved: Tensor | None = None
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -47,9 +57,51 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def relative_residual(matvec: Matvec, b: Tensor, x: Tensor) -> Tensor:
-    """`||b - A x|| / ||b||` per task, `[T]`; 0 where b and the residual are both zero."""
-    norm_r, norm_b = torch.linalg.vector_norm(b - matvec(x), dim=-1), torch.linalg.vector_norm(b, dim=-1)
+    """`||b - A x|| / ||b||` per task, from one product.
+
+    Args:
+        matvec: A, `[T, P] -> [T, P]`.
+        b: `[T, P]`.
+        x: `[T, P]`.
+
+    Returns:
+        `[T]`; 0 where b and the residual are both zero.
+    """
+    return relative_size(b - matvec(x), b)
+
+
+def relative_size(r: Tensor, b: Tensor) -> Tensor:
+    """`||r|| / ||b||` per task, `[T, P], [T, P] -> [T]`, however small b is; 0 where both are zero."""
+    scale = unit(b)
+    return ratio(torch.linalg.vector_norm(r / scale, dim=-1), torch.linalg.vector_norm(b / scale, dim=-1))
+
+
+def ratio(norm_r: Tensor, norm_b: Tensor) -> Tensor:
+    """`norm_r / norm_b`, `[T]`; 0 where both are zero."""
     return torch.where((norm_r == 0) & (norm_b == 0), 0.0, norm_r / norm_b)
+
+
+def unit(v: Tensor) -> Tensor:
+    """The power of two per task, `[T, P] -> [T, 1]`, in which the largest entry of a small v lies in [1, 2); 1 from there on.
+
+    Squares of entries below the root of the smallest number vanish (1e-22 in float32), and a solver would take such a right
+    side for zero. All its steps are homogeneous, and a division by a power of two changes no digit, so it may work on
+    `v / unit(v)`: the same bits where nothing vanishes, the right ones where something did. What is too large stays so.
+    """
+    largest = torch.linalg.vector_norm(v, ord=torch.inf, dim=-1, keepdim=True)
+    power = largest / (2 * torch.frexp(largest).mantissa)
+    return torch.where((largest > 0) & (largest < 1), power, 1.0)
+
+
+def judged(outcome: Tensor, residual: Tensor, tolerance: Tensor) -> Tensor:
+    """Outcomes `[T]` with CONVERGED taken back where the true residual norm is above `SLACK` times the tolerance, both `[T]`."""
+    hollow = (outcome == int(Outcome.CONVERGED)) & ~(residual <= SLACK * tolerance)
+    return torch.where(hollow, int(Outcome.MAX_ITERATIONS), outcome)
+
+
+def at_once(outcome: Tensor, iterations: Tensor) -> Tensor:
+    """Tasks whose very first step met negative curvature, `[T], [T] -> [T]` bool."""
+    return (outcome == int(Outcome.NEGATIVE_CURVATURE)) & (iterations == 0)
 
 
 def check_arguments(b: Tensor, max_iterations: int, rtol: float, atol: float, x0: Tensor | None) -> None:

@@ -244,6 +244,14 @@ def test_newton_cg_hands_its_curvature_on_and_the_gradient_is_the_same():
         (lambda: IMAML(0.0), "lam"),
         (lambda: IMAML(ProximalStrength("diagonal"), reference_inner=True), "fixed scalar"),
         (lambda: IMAML(0.5, Momentum(), lam_offset=1.0), "gradient descent"),
+        (
+            lambda: MAML(GradientDescent(0.1, 5, tolerance=0.1)),
+            r"inner\.tolerance: 0\.1 given, but MAML takes all inner steps",
+        ),
+        (lambda: MAML(Momentum(0.1, 5, tolerance=0.2)), r"inner\.tolerance: 0\.2 given"),
+        (lambda: ANIL(Adam(tolerance=0.1)), r"inner\.tolerance: 0\.1 given, but ANIL takes"),
+        (lambda: MetaSGD(GradientDescent(tolerance=0.1)), r"inner\.tolerance: 0\.1 given, but MetaSGD takes"),
+        (lambda: Reptile(GradientDescent(tolerance=0.1)), r"inner\.tolerance: .* set it to 0, or use IMAML or FOMAML"),
     ],
 )
 def test_misuse_is_refused(make, match):

@@ -161,6 +161,19 @@ def test_every_algorithm_inner_solver_and_linear_solver_is_one_switch():
         config("algorithm.kind=maml", "algorithm.inner.kind=newton_cg", algorithm=raw)
 
 
+@pytest.mark.parametrize("kind", ["maml", "reptile", "anil", "meta_sgd"])
+def test_a_tolerance_is_refused_where_every_inner_step_is_taken(kind):
+    overrides = f"algorithm.kind={kind}", "algorithm.inner.tolerance=0.1"
+    with pytest.raises(
+        ConfigError, match=rf"algorithm\.inner\.tolerance: 0\.1 given, but '{kind}' takes all"
+    ) as caught:
+        config(*overrides)
+    assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+    assert config(overrides[0]).algorithm.inner.tolerance == 0
+    for stops in ("imaml", "fomaml"):
+        assert config(f"algorithm.kind={stops}", overrides[1]).algorithm.inner.tolerance == 0.1
+
+
 def test_lambda_is_a_number_or_a_section():
     assert config("algorithm.lam=2").algorithm.lam == 2.0
     c = config("algorithm.lam={kind: diagonal, init: 2.0, learn: true, lr: 1e-2}")

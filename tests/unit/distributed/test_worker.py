@@ -5,15 +5,16 @@ import shutil
 
 import pytest
 import torch
-from helpers.runs import spoilt_worker, tiny, train_alone
+from helpers.runs import Spoilt, spoilt_worker, tiny, train_alone
 from safetensors.torch import save_file
 from torch import nn
 
 from imaml_dist.algorithms.learner import TaskGradients
+from imaml_dist.distributed.meta_test import shared_accuracy
 from imaml_dist.distributed.ray_train import _absolute
-from imaml_dist.distributed.reduction import Alone
+from imaml_dist.distributed.reduction import Alone, tree_sum
 from imaml_dist.distributed.worker import Worker
-from imaml_dist.errors import CheckpointError, ConfigError, TrainingError
+from imaml_dist.errors import CheckpointError, ConfigError, InputError, TrainingError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.meta_parameters import MetaParameters
 from imaml_dist.training.outer import learning_rate, make_optimizer
@@ -58,6 +59,33 @@ def test_a_step_is_skipped_at_more_than_half_bad_tasks_and_then_everything_stand
     assert hashes[1] == hashes[2] == hashes[3], "parameters and optimiser"
     assert [facts["updates"] for _, facts in states] == [1, 2, 2, 2, 3]
     assert [facts["skipped_in_a_row"] for _, facts in states] == [0, 0, 1, 2, 0]
+
+
+@pytest.mark.parametrize("bad", [0, 1, 3])
+def test_the_mean_of_a_step_with_bad_tasks_is_bit_equal_to_that_of_the_accepted_ones(data, tmp_path, bad):
+    """8 tasks in chunks of 2. The tree stays as it is; a bad task is a zero in it and does not count."""
+    config = tiny(data, *ALONE, steps=1)
+    begun(config, tmp_path / "run")
+    worker = spoilt_worker(config, tmp_path / "run", Alone(), {0: bad})
+    clean = worker.train_source.source
+    chunks = [worker.learner.task_gradients(clean.episodes(0, chunk)) for chunk in worker.chunks]
+    assert all(bool(chunk.accepted.all()) for chunk in chunks)
+    rows = torch.stack([chunk.rows for chunk in chunks])
+    rows.view(8, -1)[:bad] = 0.0
+    expected = tree_sum(torch.stack([tree_sum(chunk) for chunk in rows])) / (8 - bad)
+    applied = []
+    worker.state.apply = lambda gradient, rate: applied.append(gradient)
+    record = worker._meta_step(0)
+    assert record["accepted"] == 8 - bad
+    assert torch.equal(applied[0], expected)
+    torch.testing.assert_close(expected, rows.view(8, -1)[bad:].double().mean(0).float(), rtol=1e-4, atol=1e-6)
+
+
+def test_bad_tasks_of_an_evaluation_are_named_on_every_rank(data, tmp_path):
+    worker = Worker(tiny(data), begun(tiny(data), tmp_path / "run"), Alone())
+    assert shared_accuracy(Alone(), worker.learner, worker.val_source, 12).mean > 0
+    with pytest.raises(InputError, match=r"2 of 12 tasks cannot be evaluated, .*: task 0, 1; mend"):
+        shared_accuracy(Alone(), worker.learner, Spoilt(worker.val_source, {0: 2}), 12)
 
 
 def test_it_gives_up_after_so_many_skips_in_a_row_and_tells_how_their_tasks_ended(data, tmp_path):

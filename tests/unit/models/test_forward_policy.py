@@ -86,6 +86,68 @@ def test_a_network_that_mixes_samples_otherwise_has_no_inductive_outputs():
         functional.predict_inductive(functional.parameters()[None], draw(1, 4, 3), draw(1, 5, 3))
 
 
+@pytest.mark.parametrize("normalised", [True, False])
+def test_what_a_task_cannot_tell_about_independence_is_asked_of_the_next_and_never_remembered(normalised):
+    """Outputs that overflow say nothing of whether samples depend on each other, nor do equal whole numbers."""
+    layer = nn.BatchNorm1d(2) if normalised else nn.LayerNorm(2)
+    functional = FunctionalModel(nn.Sequential(nn.Linear(3, 2), layer, nn.Linear(2, 2)).double())
+    params, x = functional.parameters().expand(2, -1), draw(2, 5, 3)
+    huge = x.clone()
+    huge[0] *= 1e308
+    assert functional.samples_independent(huge[:1]) is False
+    assert functional.samples_independent(huge) is not normalised, "the second task tells"
+    assert functional.samples_independent(huge[:1]) is not normalised, "for good"
+    functional = FunctionalModel(functional.module)
+    first = functional.predict_inductive(params[:1], huge[:1], huge[:1, :2])
+    assert not first.isfinite().any()
+    found = functional.predict_inductive(params, huge, huge[:, :2])[1]
+    alone = [FunctionalModel(functional.module).predict_inductive(params[1:], x[1:], x[1:, i : i + 1]) for i in (0, 1)]
+    torch.testing.assert_close(found, torch.cat(alone, 1)[0])
+
+
+def test_samples_of_one_task_alone_are_enough_to_tell():
+    functional = FunctionalModel(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double())
+    assert functional.samples_independent(draw(1, 1, 3))
+    functional = FunctionalModel(nn.Sequential(nn.Conv1d(1, 2, 2), nn.BatchNorm1d(2)).double())
+    assert not functional.samples_independent(draw(1, 1, 1, 3))
+
+
+def test_dropout_is_told_with_keys_also_where_it_was_asked_without_before():
+    functional = FunctionalModel(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.5)).double())
+    assert functional.samples_independent(draw(1, 4, 3))
+    assert not functional.samples_independent(draw(1, 4, 3), KEY[None])
+
+
+def test_equal_tokens_tell_nothing_and_are_evaluated_one_by_one():
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(5, 2)
+
+        def forward(self, x):
+            hidden = self.embedding(x).mean(1)
+            return hidden - hidden.mean(0)
+
+    functional, same = FunctionalModel(Centred()), torch.full((1, 3, 4), 2)
+    params = functional.parameters()[None]
+    assert not functional.predict_inductive(params, same, same).any(), "each is its own mean"
+    with pytest.raises(ModelError, match="Centred mixes the samples"):
+        functional.predict_inductive(params, same, torch.arange(12).remainder(5).reshape(1, 3, 4))
+
+
+@pytest.mark.parametrize("tasks", [1, 2])
+def test_batch_normalisation_of_one_value_per_channel_is_refused_in_one_sentence(tasks):
+    functional = FunctionalModel(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4)).double())
+    params = functional.parameters().expand(tasks, -1)
+    with pytest.raises(
+        ModelError, match=r"shape \(1, 4\): one value per channel has no statistics; give two"
+    ) as caught:
+        functional.predict(params, draw(tasks, 1, 3))
+    assert "\n" not in str(caught.value)
+    functional.module.eval()
+    assert functional.predict(params, draw(tasks, 1, 3)).isfinite().all()
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "slices"),
     [

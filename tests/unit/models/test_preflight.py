@@ -6,7 +6,7 @@ from helpers.models import OnceOnly
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from imaml_dist import FOMAML, IMAML, MetaLearner
+from imaml_dist import FOMAML, IMAML, MetaLearner, NewtonCG, Reptile
 from imaml_dist.errors import ModelError
 from imaml_dist.tasks.episode import EpisodeBatch
 
@@ -165,6 +165,28 @@ def test_samples_too_large_for_the_model_are_bad_tasks_and_no_fault_of_it():
     assert subject.meta_gradient(huge).tasks.outcome.tolist()[1] == 0
 
 
+@pytest.mark.parametrize("size", [3e38, 1e30])
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_a_huge_first_task_ends_no_run(size, execution):
+    """Noise around it, the squares of its outputs or their derivatives overflow; a model is tried with tasks that do not."""
+    huge = episodes()
+    huge.support_x[0] = size * huge.support_x[0].sign()
+    for model in (learner(nn.Identity()).model, nn.Linear(4, 3)):
+        subject = MetaLearner(model, IMAML(0.5), execution=execution)
+        assert subject.meta_gradient(huge).tasks.outcome.tolist()[1] == 0
+    with pytest.raises(ModelError, match="cannot be differentiated twice"):
+        learner(Once(), execution).meta_gradient(huge)
+
+
+def test_samples_that_overflow_are_told_from_a_wrong_model():
+    huge = episodes()
+    huge.support_x[0] = 1e30
+    with pytest.raises(
+        ModelError, match=r"Sequential gives outputs or gradients that are not finite .* 1\.0e\+30; scale"
+    ):
+        MetaLearner(nn.Sequential(nn.Linear(4, 3)), IMAML(0.5)).preflight(huge)
+
+
 def test_what_cannot_be_vectorised_works_one_task_at_a_time():
     out = learner(Branching(), "loop").meta_gradient(episodes())
     assert out.tasks.outcome.tolist() == [0, 0]
@@ -178,7 +200,25 @@ def test_it_waits_for_a_task_that_can_be_computed():
         subject.meta_gradient(episodes())
 
 
-def test_first_order_algorithms_need_no_second_derivatives():
+@pytest.mark.parametrize("algorithm", [FOMAML(), Reptile()], ids=["fomaml", "reptile"])
+def test_first_order_algorithms_need_no_second_derivatives(algorithm):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 5), Once(), nn.Linear(5, 3))
-    assert MetaLearner(model, FOMAML(), execution="loop").meta_gradient(episodes()).tasks.outcome.tolist() == [0, 0]
+    assert MetaLearner(model, algorithm, execution="loop").meta_gradient(episodes()).tasks.outcome.tolist() == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("layer", "says"),
+    [
+        (Once(), r"layer '1' \(Once\) cannot be differentiated twice"),
+        (Wrong(), "Sequential has wrong second derivatives"),
+    ],
+    ids=["one-derivative", "wrong-derivative"],
+)
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
+def test_first_order_maml_with_a_newton_inner_solver_needs_them(layer, says, operator):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), layer, nn.Linear(5, 3))
+    subject = MetaLearner(model, FOMAML(NewtonCG(2, 2, operator=operator)), execution="loop")
+    with pytest.raises(ModelError, match=says):
+        subject.meta_gradient(episodes())

@@ -7,9 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from imaml_dist import FOMAML, EpisodeBatch, GradientDescent, MetaLearner, evaluate
-from imaml_dist.errors import ModelError
-from imaml_dist.training.evaluation import Evaluation, predict_queries, task_accuracies
+from imaml_dist import FOMAML, EpisodeBatch, GradientDescent, MetaLearner, evaluate, mean_squared_error
+from imaml_dist.errors import InputError, ModelError
+from imaml_dist.models.conv4 import Conv4
+from imaml_dist.models.mlp import MLP
+from imaml_dist.tasks.sinusoid import Sinusoids
+from imaml_dist.training.evaluation import Evaluation, Scored, predict_queries, task_scores
 
 
 class Noise:
@@ -55,7 +58,7 @@ def test_both_kinds_are_counted_task_by_task(execution, monkeypatch):
     assert torch.equal(found.transductive, torch.stack(guesses))
     assert torch.equal(found.inductive, (torch.stack(guesses) + 1) % 3)
     expected = [[float((g == episodes.query_y[0]).double().mean()) for g in (g, (g + 1) % 3)] for g in guesses]
-    assert task_accuracies(subject, episodes).tolist() == expected
+    assert task_scores(subject, episodes).tolist() == [[*row, Scored.ACCURACY] for row in expected]
 
     whole = evaluate(subject, Noise(), tasks=25)
     assert [list(row) for row in zip(whole.per_task, whole.inductive.per_task, strict=True)][:5] == expected
@@ -85,8 +88,137 @@ def test_outputs_that_are_not_finite_are_never_right():
     assert (found.transductive[1] >= 0).all()
 
 
-def test_json_form_has_both_kinds():
-    found = Evaluation.of_rows([[0.5, 0.25], [0.7, 0.35]]).to_dict()
-    assert found.keys() == {"mean", "ci95", "per_task", "inductive"}
+@pytest.mark.parametrize(("scored", "metric"), [(Scored.ACCURACY, "accuracy"), (Scored.LOSS, "loss")])
+def test_json_form_has_both_kinds(scored, metric):
+    found = Evaluation.of_rows([[0.5, 0.25, scored], [0.7, 0.35, scored]]).to_dict()
+    assert found.keys() == {"mean", "ci95", "per_task", "metric", "inductive"}
+    assert found["metric"] == metric
     assert found["inductive"].keys() == {"mean", "ci95", "per_task"}
     assert (found["per_task"], found["inductive"]["per_task"]) == ([0.5, 0.7], [0.25, 0.35])
+
+
+class Damaged(Noise):
+    """`Noise` with damage in the tasks of some numbers."""
+
+    def __init__(self, damage):
+        self.damage = damage
+
+    def episodes(self, step, tasks):
+        episodes = super().episodes(step, tasks)
+        for task, damage in self.damage.items():
+            if task in tasks:
+                damage(episodes, tasks.index(task))
+        return episodes
+
+
+def label_too_large(episodes, row):
+    episodes.support_y[row, 0] = 3
+
+
+def label_negative(episodes, row):
+    episodes.query_y[row, 1] = -1
+
+
+def not_a_number(episodes, row):
+    episodes.query_x[row, 2, 0] = torch.nan
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_tasks_that_cannot_be_used_are_named_and_never_left_out(execution):
+    subject, damage = learner(execution), {0: label_too_large, 3: not_a_number, 12: label_negative}
+    rows, whole = (task_scores(subject, s.episodes(0, range(5))) for s in (Damaged(damage), Noise()))
+    assert rows[:, 2].tolist() == [0, 1, 1, 0, 1]
+    assert rows[[0, 3], :2].isnan().all()
+    assert torch.equal(rows[[1, 2, 4]], whole[[1, 2, 4]]), "the others keep their scores"
+    with pytest.raises(InputError, match=r"3 of 15 tasks cannot be evaluated, .*: task 0, 3, 12; mend") as caught:
+        evaluate(subject, Damaged(damage), tasks=15)
+    assert "\n" not in str(caught.value)
+    assert evaluate(subject, Damaged({12: label_negative}), tasks=11).mean >= 0, "only of the tasks asked for"
+
+
+class OneQuery:
+    """A `TaskSource` of 3-way tasks, two shots, with a single query sample."""
+
+    def __init__(self, *shape):
+        self.shape = shape
+
+    def episodes(self, step, tasks):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randn(20, 7, *self.shape, generator=generator, dtype=torch.float64)[list(tasks)]
+        y = torch.tensor([0, 1, 2, 0, 1, 2, 1]).repeat(len(tasks), 1)
+        return EpisodeBatch(x[:, :6], y[:, :6], x[:, 6:], y[:, 6:], index=torch.tensor(list(tasks)))
+
+
+def one_query_learner(name, execution):
+    torch.manual_seed(0)
+    networks = {
+        "batch norm 1d": lambda: nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 3)),
+        "conv4": lambda: Conv4((1, 28, 28), 3, 4),
+        "mlp": lambda: MLP((1, 2, 2), 3, [5]),
+    }
+    source = OneQuery(*{"batch norm 1d": (4,), "conv4": (1, 28, 28), "mlp": (1, 2, 2)}[name])
+    return MetaLearner(networks[name]().double(), FOMAML(GradientDescent(0.1, 2)), execution=execution), source
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+@pytest.mark.parametrize("name", ["batch norm 1d", "conv4", "mlp"])
+def test_a_single_query_sample_is_judged_inductively_also_by_the_very_first_call(name, execution):
+    subject, source = one_query_learner(name, execution)
+    whole = evaluate(subject, source, tasks=12)
+    episodes, right = source.episodes(0, range(12)), []
+    phi = subject.adapt_parameters(episodes.support_x, episodes.support_y).params
+    for t in range(12):
+        params, support, query = phi[t : t + 1], episodes.support_x[t : t + 1], episodes.query_x[t : t + 1]
+        outputs = subject.functional.predict_inductive(params, support, query)
+        together = subject.functional.predict_inductive(params, support, torch.cat([query, 2 * support], dim=1))
+        torch.testing.assert_close(outputs, together[:, :1])
+        right.append(float(outputs[0, 0].argmax() == 1))
+        if name == "batch norm 1d":  # by hand: the statistics of the support set
+            named = subject.functional.layout.unflatten(phi[t])
+            hidden, alone = (x[0] @ named["0.weight"].T + named["0.bias"] for x in (support, query))
+            normal = (alone - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+            normal = torch.tanh(normal * named["1.weight"] + named["1.bias"])
+            torch.testing.assert_close(outputs[0], normal @ named["3.weight"].T + named["3.bias"])
+    assert whole.inductive.per_task == right
+    if name == "batch norm 1d":  # one value per channel has no statistics
+        assert math.isnan(whole.mean) and all(map(math.isnan, whole.per_task))
+        assert predict_queries(subject, episodes).transductive is None
+    else:
+        assert all(score in (0.0, 1.0) for score in whole.per_task)
+    if name == "mlp":
+        assert whole.per_task == whole.inductive.per_task
+
+
+def test_meta_training_on_a_single_query_sample_without_statistics_is_refused():
+    subject, source = one_query_learner("batch norm 1d", "vmap")
+    says = r"batch normalisation of an input of shape \(1, 5\): one value per channel has no statistics; give two"
+    with pytest.raises(ModelError, match=says) as caught:
+        subject.meta_gradient(source.episodes(0, range(2)))
+    assert "\n" not in str(caught.value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_regression_is_judged_by_the_query_loss(execution):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(1, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 1)).double()
+    subject = MetaLearner(model, FOMAML(GradientDescent(0.05, 3)), mean_squared_error, execution)
+    source = Sinusoids(5, 7, dtype=torch.float64)
+    found = evaluate(subject, source, tasks=12)
+    assert found.metric == found.inductive.metric == found.to_dict()["metric"] == "loss"
+    episodes = source.episodes(0, range(12))
+    for t, (together, alone) in enumerate(zip(found.per_task, found.inductive.per_task, strict=True)):
+        adapted = subject.adapt(episodes.support_x[t], episodes.support_y[t])  # uses statistics of what it is given
+        expected = (adapted(episodes.query_x[t]) - episodes.query_y[t]).square().mean()
+        assert together == pytest.approx(float(expected))
+        hidden = adapted[0](episodes.support_x[t])
+        normal = (adapted[0](episodes.query_x[t]) - hidden.mean(0)) / (hidden.var(0, correction=0) + 1e-5).sqrt()
+        outputs = adapted[3](torch.tanh(normal * adapted[1].weight + adapted[1].bias))
+        assert alone == pytest.approx(float((outputs - episodes.query_y[t]).square().mean()))
+    assert found.mean == pytest.approx(statistics.mean(found.per_task)) != found.inductive.mean
+
+
+def test_a_loss_that_is_not_finite_is_infinite_and_no_task_without_a_score():
+    subject = MetaLearner(MLP((1, 1, 1), 1, [4]).double(), FOMAML(GradientDescent(1e200, 2)), mean_squared_error)
+    found = evaluate(subject, Sinusoids(3, 3, dtype=torch.float64), tasks=3)
+    assert math.inf in found.per_task and found.inductive.per_task == found.per_task
