@@ -55,12 +55,24 @@ class MetaLearner:
         execution: `vmap` evaluates all given tasks in one vectorised call, `loop` one after the other, both by torch's kernels;
             `native` all in one call with convolutions and batch normalisations by our own (CPUs; needs a C++ compiler
             once). Results agree to rounding only, so it is part of a run's configuration.
+        autocast: compute the network's convolutions and products of matrices in this type (`torch.bfloat16`), with torch's
+            kernels; parameters, losses, gradients and the solvers' inner products keep the model's own type.
+
+    Raises:
+        ValueError: `autocast` with `native`, whose kernels know float32 and float64.
     """
 
     def __init__(
-        self, model: nn.Module, algorithm: Algorithm, loss: Loss = cross_entropy, execution: Execution = "loop"
+        self,
+        model: nn.Module,
+        algorithm: Algorithm,
+        loss: Loss = cross_entropy,
+        execution: Execution = "loop",
+        autocast: torch.dtype | None = None,
     ) -> None:
-        self.functional = FunctionalModel(model, native=execution == "native")
+        if autocast is not None and execution == "native":
+            raise ValueError(f"autocast={autocast} is not for execution='native'; use 'vmap' or 'loop'")
+        self.functional = FunctionalModel(model, execution == "native", autocast)
         self.algorithm = algorithm
         self.loss = loss
         self.execution = execution

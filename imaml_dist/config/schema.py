@@ -134,6 +134,9 @@ class RunConfig(Section):
     """CPU threads per worker."""
     execution: Literal["auto", "native", "vmap", "loop"] = "auto"
     """Tasks of a chunk in one call by our own CPU kernels or by torch's, or one after the other; resolved when the run begins."""
+    precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
+    """`tf32` and `bfloat16` round the factors of convolutions and products of matrices (the former on GPUs only); all else stays
+    float32."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Resolved when the run begins."""
     seed: int = Field(0, ge=0, lt=2**63)

@@ -42,20 +42,32 @@ def draw_episode(
 class EpisodeSource:
     """A `TaskSource` over one split of a data set.
 
-    Pixels come out as float32 in [0, 1], 1 being full ink, `[T, n, C, H, W]`; samples are ordered by class.
+    Pixels come out in [0, 1], 1 being full ink, `[T, n, C, H, W]`; samples are ordered by class.
 
     Args:
         dataset: opened data set.
         split: train, val or test.
         way: N. shot: K. query: Q per class.
         seed: of all draws.
+        dtype: of pixels.
 
     Raises:
         ConfigError: more ways than classes, or K + Q larger than the smallest class.
         DataError: no such split.
     """
 
-    def __init__(self, dataset: Dataset, split: str, *, way: int, shot: int, query: int, seed: int) -> None:
+    def __init__(
+        self,
+        dataset: Dataset,
+        split: str,
+        *,
+        way: int,
+        shot: int,
+        query: int,
+        seed: int,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._dtype = dtype
         self._dataset, self._split = dataset, split
         self._way, self._shot, self._query, self._seed = way, shot, query, seed
         self._classes = dataset.classes(split)
@@ -102,9 +114,9 @@ class EpisodeSource:
             support.append(np.concatenate([i[: self._shot] for i in images]))
             query.append(np.concatenate([i[self._shot :] for i in images]))
         return EpisodeBatch(
-            support_x=_pixels(support),
+            support_x=_pixels(support, self._dtype),
             support_y=self._labels(len(tasks), self._shot),
-            query_x=_pixels(query),
+            query_x=_pixels(query, self._dtype),
             query_y=self._labels(len(tasks), self._query),
             index=torch.tensor(list(tasks), dtype=torch.int64),
             key=torch.tensor([self._key(step, task) for task in tasks], dtype=torch.int64),
@@ -118,6 +130,6 @@ class EpisodeSource:
         return torch.arange(self._way).repeat_interleave(per_class).repeat(tasks, 1)
 
 
-def _pixels(episodes: list[Images]) -> Tensor:
-    """uint8 `[n, H, W, C]` per task -> float32 `[T, n, C, H, W]` in [0, 1]."""
-    return torch.from_numpy(np.stack(episodes)).permute(0, 1, 4, 2, 3).to(torch.float32).div_(255.0).contiguous()
+def _pixels(episodes: list[Images], dtype: torch.dtype) -> Tensor:
+    """uint8 `[n, H, W, C]` per task -> `[T, n, C, H, W]` in [0, 1]."""
+    return torch.from_numpy(np.stack(episodes)).permute(0, 1, 4, 2, 3).to(dtype).div_(255.0).contiguous()

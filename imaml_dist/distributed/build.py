@@ -36,27 +36,32 @@ def resolve(config: ExperimentConfig, *, cuda: bool, native: Callable[[], bool] 
         native: tells whether our own CPU kernels can be compiled here; asked only where they would be used.
 
     Raises:
-        ConfigError: a GPU is asked for and there is none.
+        ConfigError: a GPU, or what only a GPU has, is asked for and there is none; or native execution in bfloat16.
     """
     run = config.run
     device = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
     if device == "cuda" and not cuda:
         raise ConfigError("run.device: cuda given, but no GPU is visible here; use cpu or auto")
-    execution = run.execution
+    if run.precision == "tf32" and device != "cuda":
+        raise ConfigError("run.precision: tf32 given, but only GPUs have it; use float32 or bfloat16")
+    execution, rounded = run.execution, run.precision == "bfloat16"
+    if execution == "native" and rounded:
+        raise ConfigError(
+            "run.execution: native given, but its kernels have no bfloat16; use vmap or loop, or run.precision: float32"
+        )
     if execution == "auto":
         convolutional = not isinstance(config.model, MLPConfig)
-        execution = "native" if device == "cpu" and convolutional and native() else "vmap"
+        execution = "native" if device == "cpu" and convolutional and not rounded and native() else "vmap"
     return config.model_copy(update={"run": run.model_copy(update={"device": device, "execution": execution})})
 
 
 def prepare_process(config: ExperimentConfig) -> None:
-    """Set up this process so that equal work gives equal bits (threads, algorithms, no TF32), and memory is used again."""
+    """Set up this process so that equal work gives equal bits (threads, algorithms, TF32 only if asked for), and memory is used again."""
     keep_freed_memory()
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
-    torch.backends.cuda.matmul.allow_tf32 = False
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = config.run.precision == "tf32"
 
 
 def make_model(model: ModelConfig, image_shape: tuple[int, int, int], way: int, seed: int) -> nn.Module:
@@ -121,10 +126,17 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) ->
         ConfigError: see `make_model` and `make_loss`.
         ModelError: the network cannot be meta-trained.
     """
-    model = make_model(config.model, image_shape, config.data.way, config.run.seed).to(config.run.device)
+    model = make_model(config.model, image_shape, config.data.way, config.run.seed)
+    model = model.to(config.run.device, dtype_of(config))
     execution = config.run.execution
     assert execution != "auto", "the configuration is resolved"
-    return MetaLearner(model, make_algorithm(config.algorithm), make_loss(config.loss), execution)
+    autocast = torch.bfloat16 if config.run.precision == "bfloat16" else None
+    return MetaLearner(model, make_algorithm(config.algorithm), make_loss(config.loss), execution, autocast)
+
+
+def dtype_of(config: ExperimentConfig) -> torch.dtype:
+    """Of parameters and images."""
+    return torch.float64 if config.run.precision == "float64" else torch.float32
 
 
 def make_source(config: ExperimentConfig, dataset: Dataset, split: str) -> EpisodeSource:
@@ -136,4 +148,6 @@ def make_source(config: ExperimentConfig, dataset: Dataset, split: str) -> Episo
     """
     data = config.data
     query = config.evaluate.query if split == "test" else data.query
-    return EpisodeSource(dataset, split, way=data.way, shot=data.shot, query=query, seed=config.run.seed)
+    return EpisodeSource(
+        dataset, split, way=data.way, shot=data.shot, query=query, seed=config.run.seed, dtype=dtype_of(config)
+    )

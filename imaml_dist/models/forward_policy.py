@@ -43,6 +43,7 @@ class ForwardPolicy(TorchFunctionMode):
             the samples at hand.
         collect: note the statistics of the samples at hand in `seen`.
         native: use the kernels of `kernels.native`, which must be loaded, where they fit.
+        autocast: compute convolutions and products of matrices in this type, as `torch.autocast` does.
 
     Attributes:
         seen: statistics collected or used so far.
@@ -56,6 +57,7 @@ class ForwardPolicy(TorchFunctionMode):
         statistics: Sequence[Statistics] | None = None,
         collect: bool = False,
         native: bool = False,
+        autocast: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.seen: list[Statistics] = []
@@ -64,6 +66,20 @@ class ForwardPolicy(TorchFunctionMode):
         self._statistics = statistics
         self._collect = collect
         self.native = native
+        self._casts: list[torch.autocast] = []
+        if autocast is not None:  # without its cache, which would keep the casts of another evaluation's parameters
+            self._casts = [torch.autocast(kind, autocast, cache_enabled=False) for kind in _devices()]
+
+    def __enter__(self) -> ForwardPolicy:
+        for cast in self._casts:
+            cast.__enter__()  # type: ignore[no-untyped-call]
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        for cast in reversed(self._casts):
+            cast.__exit__(*error)
 
     def __torch_function__(
         self,
@@ -86,6 +102,7 @@ class ForwardPolicy(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        input = self._uncast(input)
         if not training:
             return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
         if self._statistics is not None:
@@ -110,6 +127,10 @@ class ForwardPolicy(TorchFunctionMode):
         if self._statistics is None and not self._collect and self._takes_norm(input, weight, bias):
             return kernels.batch_norm(input, weight, bias, eps, relu=True)
         return F.relu(self._batch_norm(input, None, None, weight, bias, training=True, eps=eps))
+
+    def _uncast(self, input: Tensor) -> Tensor:
+        """Statistics of rounded numbers are taken without more rounding."""
+        return input.float() if self._casts and input.dtype == torch.bfloat16 else input
 
     def _takes_norm(self, input: Tensor, weight: Tensor, bias: Tensor) -> bool:
         several = input.dim() == 4 and input.numel() > input.shape[1]  # a single value a channel is refused
@@ -147,6 +168,7 @@ class ForwardPolicy(TorchFunctionMode):
         momentum: float = 0.1,
         eps: float = 1e-5,
     ) -> Tensor:
+        input = self._uncast(input)
         if use_input_stats:
             running_mean = running_var = None
         return F.instance_norm(input, running_mean, running_var, weight, bias, use_input_stats, momentum, eps)
@@ -220,6 +242,10 @@ def _dropout(drop: Callable[..., Tensor], axes: int | None = None, batched_from:
         return input.copy_(result) if inplace else result
 
     return replacement
+
+
+def _devices() -> list[str]:
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
 
 
 def _sides(size: str | int | Sequence[int]) -> set[Any]:

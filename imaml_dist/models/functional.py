@@ -32,9 +32,10 @@ class FunctionalModel:
     Args:
         module: any module whose output depends on parameters and input alone (see Raises, and `models.preflight`).
         native: evaluate convolutions and batch normalisations by `kernels.native` where they fit.
+        autocast: compute convolutions and products of matrices in this type; parameters, normalisation and all outputs keep theirs.
 
     Attributes:
-        module, native: as given.
+        module, native, autocast: as given.
         layout: of the meta-parameters in a vector `[P]`.
         slots: the name in the layout for every place in the module that holds a meta-parameter.
 
@@ -44,11 +45,11 @@ class FunctionalModel:
         KernelError: `native`, and they cannot be compiled here.
     """
 
-    def __init__(self, module: nn.Module, native: bool = False) -> None:
+    def __init__(self, module: nn.Module, native: bool = False, autocast: torch.dtype | None = None) -> None:
         _refuse_layers(module)
         if native:
             kernels.load()
-        self.native = native
+        self.native, self.autocast = native, autocast
         trainable = {name: p for name, p in module.named_parameters() if p.requires_grad}
         if not trainable:
             raise ModelError(
@@ -65,7 +66,7 @@ class FunctionalModel:
 
     def policy(self, key: Tensor | None = None, **options: Any) -> ForwardPolicy:
         """A policy for one evaluation of the module; see `ForwardPolicy` for the options."""
-        return ForwardPolicy(key, native=self.native, **options)
+        return ForwardPolicy(key, native=self.native, autocast=self.autocast, **options)
 
     def parameters(self) -> Tensor:
         """The module's own parameters as one detached vector `[P]`, in a copy."""
@@ -202,7 +203,7 @@ class FunctionalModel:
             raise ModelError(
                 f"{type(self.module).__name__} returns {type(outputs).__name__}, should return one tensor of outputs"
             )
-        return outputs
+        return outputs if self.autocast is None else outputs.to(params.dtype)
 
 
 def over_tasks(single: Callable[..., Tensor], params: Tensor, *arguments: object) -> Tensor:

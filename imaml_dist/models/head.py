@@ -95,7 +95,7 @@ def _close(found: Tensor, expected: Tensor) -> bool:
 
 def _head(functional: FunctionalModel, layer: nn.Module, moving: Sequence[str]) -> Head:
     name_of = {id(parameter): name for name, parameter in functional.module.named_parameters()}
-    alone = FunctionalModel(layer, functional.native)
+    alone = FunctionalModel(layer, functional.native, functional.autocast)
     own = dict(layer.named_parameters())
     shapes = dict(zip(functional.layout.names, functional.layout.shapes, strict=True))
     return Head(

@@ -17,7 +17,9 @@ from imaml_dist.errors import ModelError, brief
 from imaml_dist.models.functional import FunctionalModel
 
 AGREEMENT = {torch.float64: 1e-8, torch.float32: 1e-2}
-"""Relative difference allowed between the vectorised and the plain evaluation; 5e-2 for other types."""
+"""Relative difference allowed between the vectorised and the plain evaluation; `COARSE` for other types and under autocast."""
+
+COARSE = 0.2
 
 
 def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised: bool, twice: bool = True) -> None:
@@ -116,7 +118,7 @@ def _compare_with_module(functional: FunctionalModel, x: Tensor, key: Tensor) ->
     own = torch.autograd.grad(value, [named[name] for name in twin.layout.names], materialize_grads=True)
     expected = twin.layout.flatten(dict(zip(twin.layout.names, own, strict=True)))
     difference = _relative(_gradient(functional, params[None], x, key)[0], expected)
-    if not difference <= 0.1 * AGREEMENT.get(expected.dtype, 5e-2):  # the same operations in the same order
+    if not difference <= 0.1 * _agreement(functional, expected.dtype):  # the same operations in the same order
         raise ModelError(
             f"{type(functional.module).__name__} gives a wrong gradient at parameters that are not its own (relative difference "
             f"{difference:.1e}): something in its forward goes back to the module's own, as torch.utils.checkpoint does; remove it"
@@ -195,11 +197,15 @@ def _vectorise(functional: FunctionalModel, x: Tensor, key: Tensor) -> None:
         ) from error
     for what, found, expected in (("outputs", together, plain), ("gradients", slopes_together, slopes)):
         difference = _relative(found, expected)
-        if not difference <= AGREEMENT.get(plain.dtype, 5e-2):
+        if not difference <= _agreement(functional, plain.dtype):
             raise ModelError(
                 f"{type(functional.module).__name__} gives other {what} vectorised over tasks than for one task alone (relative "
                 f"difference {difference:.1e}); {way_out}"
             )
+
+
+def _agreement(functional: FunctionalModel, dtype: torch.dtype) -> float:
+    return COARSE if functional.autocast is not None else AGREEMENT.get(dtype, COARSE)
 
 
 def _relative(found: Tensor, expected: Tensor) -> float:

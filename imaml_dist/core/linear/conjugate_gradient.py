@@ -19,7 +19,17 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, at_once, check_arguments, dot, judged, ratio, unit
+from imaml_dist.core.linear.solution import (
+    LinearSolution,
+    Outcome,
+    at_once,
+    check_arguments,
+    dot,
+    judged,
+    ratio,
+    tolerance,
+    unit,
+)
 
 
 def conjugate_gradient(
@@ -64,7 +74,7 @@ def conjugate_gradient(
     units = unit(r)
     r, target = r / units, b / units
     norm_b = torch.linalg.vector_norm(target, dim=-1)
-    threshold = torch.maximum(rtol * norm_b, atol / units[:, 0])
+    threshold = tolerance(norm_b, units, rtol, atol)
 
     x = torch.zeros_like(b)  # the way from the start, in these units
     z = r if preconditioner is None else preconditioner(r)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, check_arguments, dot, judged, ratio, unit
+from imaml_dist.core.linear.solution import (
+    LinearSolution,
+    Outcome,
+    check_arguments,
+    dot,
+    judged,
+    ratio,
+    tolerance,
+    unit,
+)
 
 
 def minres(
@@ -60,7 +69,7 @@ def minres(
     z = precondition(r)
     beta = dot(r, z).sqrt()  # nan where the preconditioner is not positive definite
     size_b = dot(target, precondition(target)).sqrt() if x0 is not None else beta
-    threshold = torch.maximum(rtol * size_b, atol / units[:, 0])
+    threshold = tolerance(size_b, units, rtol, atol)
     finite = beta.isfinite()
     start = zero if x0 is None else torch.where(finite[:, None], x0, 0.0)
     first_norm, first_size = torch.linalg.vector_norm(r, dim=-1), beta
@@ -125,7 +134,7 @@ def minres(
     r = (b - matvec(value)) / units
     norm, size = torch.linalg.vector_norm(r, dim=-1), dot(r, precondition(r)).sqrt()
     spoiled = (outcome != int(Outcome.NON_FINITE)) & ~(size <= first_size)
-    outcome = judged(outcome, torch.where(spoiled, first_size, size), threshold)
+    outcome = torch.where(spoiled, int(Outcome.MAX_ITERATIONS), judged(outcome, size, threshold))
     iterations = torch.where(spoiled, 0, iterations)
     return LinearSolution(
         value=torch.where(spoiled[:, None], start, value),

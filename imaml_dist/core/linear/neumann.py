@@ -6,7 +6,17 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
-from imaml_dist.core.linear.solution import LinearSolution, Outcome, at_once, check_arguments, dot, judged, ratio, unit
+from imaml_dist.core.linear.solution import (
+    LinearSolution,
+    Outcome,
+    at_once,
+    check_arguments,
+    dot,
+    judged,
+    ratio,
+    tolerance,
+    unit,
+)
 
 
 def neumann(
@@ -55,7 +65,7 @@ def neumann(
     units = unit(r)
     r = r / units
     norm_b = torch.linalg.vector_norm(b / units, dim=-1)
-    threshold = torch.maximum(rtol * norm_b, atol / units[:, 0])
+    threshold = tolerance(norm_b, units, rtol, atol)
     x = torch.zeros_like(b)  # the way from the start, in these units
     norm = torch.linalg.vector_norm(r, dim=-1)
     finite = norm.isfinite()

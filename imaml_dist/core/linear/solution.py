@@ -27,8 +27,8 @@ class Outcome(IntEnum):
 
 
 SLACK = 2.0
-"""Multiple of the tolerance that the true residual of a converged solve may reach. A recurrence that ends at the tolerance
-differs from the truth by rounding; within a digit of it that is no failure, beyond it is one."""
+"""Multiple of the tolerance that the true residual of a converged solve may reach. The recurrence that ended it differs from
+the truth by rounding: a solve that is near its last digits lands close above the tolerance, one beyond them far above."""
 
 
 @dataclass(frozen=True)
@@ -93,9 +93,15 @@ def unit(v: Tensor) -> Tensor:
     return torch.where((largest > 0) & (largest < 1), power, 1.0)
 
 
-def judged(outcome: Tensor, residual: Tensor, tolerance: Tensor) -> Tensor:
-    """Outcomes `[T]` with CONVERGED taken back where the true residual norm is above `SLACK` times the tolerance, both `[T]`."""
-    hollow = (outcome == int(Outcome.CONVERGED)) & ~(residual <= SLACK * tolerance)
+def tolerance(norm_b: Tensor, units: Tensor, rtol: float, atol: float) -> Tensor:
+    """`max(rtol ||b||, atol)` in the units `[T, 1]` that `norm_b` `[T]` is given in, `[T]`."""
+    # A number over a tensor is the number times a reciprocal, which overflows for the smallest units.
+    return torch.maximum(rtol * norm_b, torch.full_like(norm_b, atol) / units[:, 0])
+
+
+def judged(outcome: Tensor, residual: Tensor, threshold: Tensor) -> Tensor:
+    """Outcomes `[T]` with CONVERGED taken back where the true residual norm is above `SLACK` times the threshold, both `[T]`."""
+    hollow = (outcome == int(Outcome.CONVERGED)) & ~(residual <= SLACK * threshold)
     return torch.where(hollow, int(Outcome.MAX_ITERATIONS), outcome)
 
 
