@@ -45,11 +45,12 @@ def main() -> None:
     ]
     rows: list[dict[str, Any]] = []
     for kind in chosen.algorithms:
-        for what, limits in (
-            ("tasks", [f"run.steps={chosen.steps}", "run.max_seconds=null"]),
-            ("seconds", ["run.steps=1000000", f"run.max_seconds={chosen.seconds}"]),
+        for what, limit, limits in (
+            ("tasks", f"{chosen.steps}-steps", [f"run.steps={chosen.steps}", "run.max_seconds=null"]),
+            ("seconds", f"{chosen.seconds:g}-seconds", ["run.steps=1000000", f"run.max_seconds={chosen.seconds}"]),
         ):
-            done = train(chosen.config, chosen.runs / f"{kind}-{what}", [f"algorithm.kind={kind}", *alike, *limits])
+            # By its limit, so that a longer run of an earlier table is not taken for this one's.
+            done = train(chosen.config, chosen.runs / f"{kind}-{limit}", [f"algorithm.kind={kind}", *alike, *limits])
             keys = ("meta_steps", "seconds", "tasks_per_second", "test_accuracy", "ci95", "untrained_accuracy")
             rows.append({"algorithm": kind, "equal": what, **{key: done[key] for key in keys}})
     print(f"| algorithm | {chosen.steps} meta-steps | seconds | {chosen.seconds:.0f} seconds | meta-steps | tasks/s |")
@@ -60,7 +61,8 @@ def main() -> None:
             f"{seconds['meta_steps']} | {seconds['tasks_per_second']:.1f} |"
         )
     if chosen.json:
-        chosen.json.write_text(json.dumps({"config": str(chosen.config), "rows": rows}, indent=1))
+        facts = {name: getattr(chosen, name) for name in ("steps", "seconds", "tasks")}
+        chosen.json.write_text(json.dumps({"config": str(chosen.config), **facts, "rows": rows}, indent=1))
 
 
 def _percent(row: dict[str, Any]) -> str:

@@ -3,17 +3,20 @@
 import json
 import math
 import signal
+import sqlite3
 import time
+from contextlib import closing
 
 import pytest
 import torch
 import yaml
-from helpers.command import Command, imaml, wait_for_step
+from helpers.command import Command, imaml, imaml_here, wait_for_step
 from helpers.datasets import write_blobs
 from helpers.kernels import NATIVE
 from helpers.runs import fingerprint, tiny, train_alone, write_config
 
 from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.prepare import glyphs
 from imaml_dist.distributed.build import make_learner
 from imaml_dist.training import checkpoints
 from imaml_dist.training.meta_parameters import meta_parameters
@@ -83,25 +86,65 @@ def test_report_can_be_written_again(finished):
     assert (folder / "run" / "report.html").read_bytes() == page
 
 
-@pytest.mark.parametrize("kind", ["imaml", "maml", "fomaml", "reptile", "anil", "meta_sgd"])
-def test_every_algorithm_trains_by_one_switch(data, tmp_path, kind):
-    config = write_config(tmp_path / "tiny.yaml", data, steps=2, tasks_per_step=4)
-    few = ("--set", "validate.tasks=0", "--set", "evaluate.tasks=6")
-    code, output = imaml("train", str(config), "--set", f"algorithm.kind={kind}", *few, "--run-dir", "run", cwd=tmp_path)
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory):
+    """The embedded data set, three scripts of it: all take ten seconds to draw."""
+    folder = tmp_path_factory.mktemp("embedded") / "glyphs"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "SCRIPTS", {"train": ("GEORGIAN",), "val": ("ARMENIAN",), "test": ("LAO",)})
+        patch.setattr(glyphs, "TRAIN_BLOCKS", ())
+        code, output = imaml_here("prepare", "glyphs", "--out", str(folder), cwd=folder.parent)
     assert code == 0, output
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["imaml", "maml", "fomaml", "reptile", "anil", "meta_sgd"])
+def test_every_algorithm_trains_by_one_switch(embedded, tmp_path, kind):
+    config = write_config(tmp_path / "tiny.yaml", embedded, steps=2, tasks_per_step=4)
+    few = ("--set", "validate.tasks=0", "--set", "evaluate.tasks=6")
+    switch = ("--set", f"algorithm.kind={kind}")
+    code, output = imaml_here("train", str(config), *switch, *few, "--run-dir", "run", cwd=tmp_path)
+    assert code == 0, output
+    assert "test accuracy (6 tasks)" in output
+    assert (tmp_path / "run" / "report.html").is_file()
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert (summary["algorithm"], summary["meta_steps"], summary["skipped_tasks"]) == (kind, 2, 0)
+    assert summary["dataset"]["name"] == "glyphs"
     assert 0 <= summary["test_accuracy"] <= 1 and math.isfinite(summary["ci95"])
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert all(math.isfinite(record["query_accuracy"]) and record["accepted"] == 4 for record in records)
-    start = make_learner(RunDirectory(tmp_path / "run").config(), Dataset(str(data)).index.image_shape)
+    start = make_learner(RunDirectory(tmp_path / "run").config(), Dataset(str(embedded)).index.image_shape)
     tensors, _ = checkpoints.load_newest(tmp_path / "run" / "checkpoints")
     for name, value in meta_parameters(start).tensors().items():
         # Before batch normalisation a bias has no gradient but rounding errors.
         assert ("blocks" in name and name.endswith("0.bias")) or not torch.equal(tensors[name], value), name
 
 
-def test_first_order_baseline_and_other_models_run_by_one_switch(data, tmp_path):
+def test_a_learned_strength_is_seen_everywhere(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, steps=3, tasks_per_step=4)
+    learned = "algorithm.lam={kind: diagonal, init: 0.3, learn: true, lr: 0.05}"
+    words = [x for o in (learned, "validate.tasks=0", "evaluate.tasks=6", "tracking.mlflow=true") for x in ("--set", o)]
+    code, output = imaml("train", str(config), *words, "--run-dir", "runs/a", cwd=tmp_path)
+    assert code == 0, output
+    run = tmp_path / "runs" / "a"
+    tensors, _ = checkpoints.load_newest(run / "checkpoints")
+    strengths = tensors["algorithm.lam.log_strengths"].exp()
+    assert strengths.shape == (sum(t.numel() for name, t in tensors.items() if name.startswith("model.")),)
+    assert 0.2 < strengths.min() < 0.3 < strengths.max() < 0.4
+
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    with closing(sqlite3.connect(tmp_path / "runs" / "mlflow.db")) as store:
+        for name, of in {"min": torch.min, "median": torch.median, "max": torch.max}.items():
+            series = [record[f"algorithm_lam_{name}"] for record in records]
+            assert series[-1] == pytest.approx(float(of(strengths)), rel=1e-6)
+            query = "select step, value from metrics where key = ? order by step"
+            assert store.execute(query, [f"algorithm/lam_{name}"]).fetchall() == list(enumerate(series))
+    page = (run / "report.html").read_text()
+    assert "What the algorithm learned" in page
+    assert f"medians are lam {records[-1]['algorithm_lam_median']:.3g}." in " ".join(page.split())
+
+
+def test_other_models_and_operators_run_by_one_switch(data, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data, steps=2)
     (tmp_path / "mine.py").write_text(
         "from torch import nn\n"
@@ -109,7 +152,6 @@ def test_first_order_baseline_and_other_models_run_by_one_switch(data, tmp_path)
         "    return nn.Sequential(nn.Flatten(), nn.Linear(784, width), nn.Tanh(), nn.Linear(width, way))\n"
     )
     for name, override in {
-        "fomaml": "algorithm.kind=fomaml",
         "hessian": "algorithm.solver.operator=hessian",
         "loop": "run.execution=loop",
         "mlp": "model={kind: mlp, hidden: [16]}",

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from helpers.gloo import run_group
 from helpers.runs import (
     error_of_training,
@@ -108,6 +109,27 @@ def test_tied_weights_train_and_resume(data, tmp_path):
     expected = train_alone(tiny(data, own), tmp_path / "whole")
     train_alone(tiny(data, own, steps=4), tmp_path / "parts")
     assert train_alone(tiny(data, own), tmp_path / "parts")["state"] == expected["state"]
+
+
+def test_a_learned_strength_is_part_of_the_promise(data, tmp_path):
+    raw = raw_config(data)
+    raw["algorithm"]["lam"] = {"kind": "kronecker", "init": 0.3, "learn": True, "lr": 0.05}
+    config = resolve(build_config(raw), cuda=False)
+    expected = train_alone(config, tmp_path / "alone")
+    tensors, _ = checkpoints.load_newest(tmp_path / "alone" / "checkpoints")
+    learned = {name: value for name, value in tensors.items() if name.startswith("algorithm.lam.")}
+    start = Worker(config, RunDirectory(tmp_path / "unused"), Alone()).learner.own
+    assert {f"algorithm.{name}" for name in start} == set(learned) != set()
+    still = {name for name, value in start.items() if torch.equal(learned[f"algorithm.{name}"], value)}
+    # Before batch normalisation a bias does not adapt, so its strength has no gradient.
+    assert still <= {f"lam.blocks.{i}.0.bias.log_strengths" for i in range(4)}
+
+    RunDirectory(tmp_path / "three").begin(config)
+    run_group(3, train_in_a_group, raw, str(tmp_path / "three"))
+    assert fingerprint(tmp_path / "three") == expected
+
+    train_alone(tiny(data, f"algorithm.lam={raw['algorithm']['lam']}", steps=4), tmp_path / "parts")
+    assert train_alone(config, tmp_path / "parts")["state"] == expected["state"]
 
 
 def test_max_seconds_ends_a_run_with_a_validated_checkpoint(data, tmp_path):

@@ -4,11 +4,12 @@ from functools import partial
 
 import pytest
 import torch
-from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise
+from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise, minimise_with
 
 from imaml_dist.core.implicit import implicit_meta_gradient
 from imaml_dist.core.inner.gradient_descent import gradient_descent
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
+from imaml_dist.core.linear.neumann import neumann
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.proximal.scalar import ScalarProximal
 
@@ -56,13 +57,13 @@ def test_indefinite_tanh_network_agrees_with_central_differences_through_the_inn
     )
     assert (found.solution.outcome == Outcome.CONVERGED).all() or float(found.solution.residual.max()) < 1e-12
 
-    step, columns = 1e-4, []
+    step, columns, matrix = 1e-4, [], lam * torch.eye(13, dtype=torch.float64)
     for i in range(13):
         shift = torch.zeros(13, dtype=torch.float64)
         shift[i] = 1.0
 
         def outer(size, shift=shift):
-            return problem.query_loss(minimise(problem.support_loss, theta + size * shift, lam))
+            return problem.query_loss(minimise_with(problem.support_loss, theta + size * shift, matrix, start=phi))
 
         # Fourth order, so that truncation lies below the 1e-8 that is asked for.
         columns.append((8 * (outer(step) - outer(-step)) - (outer(2 * step) - outer(-2 * step))) / (12 * step))
@@ -79,8 +80,8 @@ def test_lambda_gradient_agrees_with_central_differences():
     def outer(value):
         return problem.query_loss(minimise(problem.support_loss, theta, value))
 
-    expected = (outer(lam + step) - outer(lam - step)) / (2 * step)
-    torch.testing.assert_close(found.own["lam"], expected, rtol=1e-7, atol=1e-9)
+    near, far = (outer(lam + size) - outer(lam - size) for size in (step, 2 * step))
+    torch.testing.assert_close(found.own["lam"], (8 * near - far) / (12 * step), rtol=1e-8, atol=0)
 
 
 def test_tasks_together_equal_tasks_alone():
@@ -103,6 +104,44 @@ def test_negative_curvature_at_once_gives_the_first_order_direction():
     )
     assert (found.solution.outcome == Outcome.NEGATIVE_CURVATURE).all()
     torch.testing.assert_close(found.gradient, found.first_order, rtol=0, atol=0)
+    torch.testing.assert_close(found.solution.value, found.first_order / 0.01, rtol=1e-14, atol=0)
+    system = concave.hessian + 0.01 * torch.eye(5, dtype=torch.float64)
+    left = found.first_order - torch.einsum("tij,tj->ti", system, found.solution.value)
+    true = left.norm(dim=1) / found.first_order.norm(dim=1)
+    assert (true > 100).all(), "where nothing is solved the residual of the first-order direction is large"
+    torch.testing.assert_close(found.solution.residual, true, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("solver", [conjugate_gradient, neumann])
+def test_a_task_without_a_step_costs_one_product_and_changes_no_bit_of_the_others(solver):
+    problem, theta, products = Quadratics.random(TASKS, 5, seed=3), _theta(5), []
+    mixed = problem.hessian.clone()
+    mixed[1] = -mixed[1] - torch.eye(5, dtype=torch.float64)
+
+    def solved(hessian):
+        def product(v):
+            products.append(1)
+            return torch.einsum("tij,tj->ti", hessian, v)
+
+        return implicit_meta_gradient(
+            problem.support_loss,
+            problem.query_loss,
+            theta + 1,
+            theta,
+            proximal=ScalarProximal(0.01),
+            solve=partial(solver, max_iterations=3),
+            curvature=product,
+        )
+
+    healthy, plain = solved(problem.hessian), len(products)
+    found = solved(mixed)
+    assert len(products) == 2 * plain + 1
+    assert found.solution.unsolved.tolist() == [False, True, False, False]
+    assert torch.equal(found.gradient[1], found.first_order[1])
+    others = [0, 2, 3]
+    assert torch.equal(found.gradient[others], healthy.gradient[others])
+    assert torch.equal(found.own["lam"][others], healthy.own["lam"][others])
+    assert torch.equal(found.solution.residual[others], healthy.solution.residual[others])
 
 
 def test_damping_is_in_the_system_only_and_turns_the_gradient_towards_first_order():

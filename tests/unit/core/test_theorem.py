@@ -2,10 +2,10 @@
 
 With `||phi - phi*|| <= delta` and a linear solve that is delta' away from exact,
 
-    ||g - g*|| <= (2 lam rho B / mu^2 + lam L / mu) delta + delta'
+    ||g - g*|| <= (lam rho B / mu^2 + lam L / mu) delta + delta'
 
 where mu is the strong convexity of G, rho the Lipschitz constant of the support Hessian, and B and L bound gradient and
-Hessian of the query loss (iMAML, theorem 1).
+Hessian of the query loss (iMAML, theorem 1, which has twice the first term; docs/maths.md proves this one).
 """
 
 from functools import partial
@@ -110,8 +110,8 @@ def test_with_a_hessian_that_changes_the_error_stays_below_the_full_bound():
         for cg_iterations in (1, 3, 8, 12):
             found = _gradient(support, query, phi, theta, lam, cg_iterations)
             delta_prime = (found - solved).norm(dim=1)
-            bound = (2 * lam * rho * slope / mu**2 + lam / mu) * delta + delta_prime
+            bound = (lam * rho * slope / mu**2 + lam / mu) * delta + delta_prime
             error = (found - exact).norm(dim=1)
             assert (error <= bound * (1 + 1e-10) + 1e-12).all(), (steps, cg_iterations)
             tightness.append(float((error / bound).max()))
-    assert max(tightness) > 0.05
+    assert max(tightness) > 0.5
