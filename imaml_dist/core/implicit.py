@@ -76,10 +76,10 @@ def implicit_meta_gradient(
     problem; away from it the error is bounded by theorem 1 of the paper, so watch the inner solve's stationarity. The
     gradient with respect to Lambda's own parameters, `proximal.gradient(u, adapted - anchor)`, comes from the same solve.
 
-    Where the solver meets negative curvature in its first step no system has been solved at all (`LinearSolution.unsolved`):
-    the task then gets the first-order direction, `u = Lambda^-1 v` and `g = v`; its outcome says so, and its residual is that
-    of this u, often above 1. It takes one more product of the system where there is such a task; on a GPU, which is not asked
-    whether there is, with every solver that can end so.
+    Where the solver got no step at all, as with negative curvature in the first one (`LinearSolution.unsolved`), no system has
+    been solved: the task gets the first-order direction, `u = Lambda^-1 v` and `g = v`. Its residual is that of this u, and
+    often above 1. That takes one more product of the system where there is such a task; on a GPU, which is not asked whether
+    there is, with every solver that can end so.
 
     Args:
         support_loss: `[T, P] -> [T]`; its Hessian is the curvature unless `curvature` is given.

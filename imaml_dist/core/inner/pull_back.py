@@ -28,6 +28,9 @@ def pull_back(
         lr: step size.
         proximal: Lambda.
 
+    Returns:
+        `solution` with the new `params`, their `loss` and `stationarity`, and no `curvature`.
+
     Source: aravindr93/imaml_dev, whose inner loop this reproduces.
     """
     phi = solution.params - lr * proximal.apply(solution.params - anchor)

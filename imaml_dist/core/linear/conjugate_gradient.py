@@ -59,7 +59,7 @@ def conjugate_gradient(
         preconditioner: `[T, P] -> [T, P]`, an approximation of A's inverse, symmetric positive definite.
 
     Returns:
-        LinearSolution. Where `unsolved` `value` is the start itself. CONVERGED only where the true residual is at most `SLACK`
+        LinearSolution. Where `unsolved`, `value` is the start itself. CONVERGED only where the true residual is at most `SLACK`
         times the tolerance; MAX_ITERATIONS where rounding ended the descent before.
 
     Raises:
@@ -72,7 +72,8 @@ def conjugate_gradient(
     running, negative = int(Outcome.MAX_ITERATIONS), int(Outcome.NEGATIVE_CURVATURE)
     r = b if x0 is None else b - matvec(x0)
     units = unit(r)
-    r, target = r / units, b / units
+    r = r / units
+    target = r if x0 is None else b / units
     norm_b = torch.linalg.vector_norm(target, dim=-1)
     threshold = tolerance(norm_b, units, rtol, atol)
 

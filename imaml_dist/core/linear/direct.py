@@ -18,10 +18,13 @@ def direct(matvec: Matvec, b: Tensor, *, max_size: int = 4096) -> LinearSolution
         max_size: largest P accepted.
 
     Returns:
-        LinearSolution with `iterations` P; NON_FINITE with a zero `value` where the matrix is singular or not finite.
+        LinearSolution with `iterations` P. There is no tolerance: CONVERGED says that the elimination went through, `residual` how
+        well. NON_FINITE with a zero `value` where the matrix is singular or not finite.
 
     Raises:
         ValueError: P > `max_size`; the message says what the matrices would take.
+
+    Source: LU with partial pivoting, Golub and Van Loan, "Matrix computations" (2013), section 3.4.
     """
     tasks, size = b.shape
     if size > max_size:

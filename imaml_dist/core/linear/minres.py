@@ -65,7 +65,8 @@ def minres(
 
     r = b if x0 is None else b - matvec(x0)
     units = unit(r)
-    r, target = r / units, b / units
+    r = r / units
+    target = r if x0 is None else b / units
     z = precondition(r)
     beta = dot(r, z).sqrt()  # nan where the preconditioner is not positive definite
     size_b = dot(target, precondition(target)).sqrt() if x0 is not None else beta

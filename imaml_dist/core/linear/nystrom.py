@@ -43,6 +43,9 @@ def low_rank_curvature(curvature: Matvec, like: Tensor, *, rank: int, seed: int 
         seed: of Omega.
         positive: leave out negative d too, which makes the approximation positive semi-definite.
 
+    Returns:
+        LowRank with `Z = Y Q` and `D = diag(d)`; nan columns for a task whose products are not finite.
+
     Raises:
         ValueError: `rank` < 1 or > P.
 
@@ -80,6 +83,8 @@ def nystrom(system: ProximalSystem, b: Tensor, *, rank: int, seed: int = 0, rtol
 
     Raises:
         ValueError: see `low_rank_curvature`.
+
+    Source: Hataya and Yamada (2023): the approximation inverted by the Woodbury identity.
     """
     x = low_rank_curvature(system.curvature, b, rank=rank, seed=seed).solve(system, b)
     finite = x.isfinite().all(-1)
@@ -93,8 +98,19 @@ def nystrom(system: ProximalSystem, b: Tensor, *, rank: int, seed: int = 0, rtol
 def nystrom_preconditioner(system: ProximalSystem, like: Tensor, *, rank: int, seed: int = 0) -> Matvec:
     """`p -> (C_r + Lambda + mu I)^-1 p` with the positive part C_r of the approximation: symmetric positive definite.
 
+    Args:
+        system: `C + Lambda + mu I`; `rank` products with C are taken now, none later.
+        like: `[T, P]`, for shape, type and device.
+        rank: 1..P.
+        seed: of the random directions.
+
+    Returns:
+        A matvec `[T, P] -> [T, P]`.
+
     Raises:
         ValueError: see `low_rank_curvature`.
+
+    Source: Frangella, Tropp and Udell, "Randomized Nystrom preconditioning" (2021), section 5, with Lambda for their `mu I`.
     """
     approximation = low_rank_curvature(system.curvature, like, rank=rank, seed=seed, positive=True)
     return lambda p: approximation.solve(system, p)

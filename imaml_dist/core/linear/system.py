@@ -28,6 +28,8 @@ class ProximalSystem:
 
     Raises:
         ValueError: `damping` < 0.
+
+    Source: iMAML eq. 6-7, in the symmetric form that lets Lambda be any positive definite matrix.
     """
 
     curvature: Matvec

@@ -14,6 +14,8 @@ class DiagonalProximal:
 
     Attributes:
         strengths: d, `[P]`, positive.
+
+    Source: iMAML's remark that lambda may be a vector or a matrix.
     """
 
     strengths: Tensor
@@ -51,6 +53,9 @@ class PerLayerProximal:
         strengths: `[L]`, positive, one per layer.
         layers: the layer of each named parameter, 0..L-1, in the order of the flat vector.
         sizes: number of entries of each named parameter; they add up to P.
+
+    Source: as `DiagonalProximal`, with the entries of a layer tied, as its learning rates are in Antoniou, Edwards and Storkey,
+    "How to train your MAML" (2019).
     """
 
     strengths: Tensor

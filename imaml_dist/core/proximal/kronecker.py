@@ -23,6 +23,10 @@ class KroneckerProximal:
         layout: names and shapes of the parameters.
         factors: for a weight `NAME` of two axes or more `NAME.left` = A `[m, m]` and `NAME.right` = B `[n, n]`, symmetric
             positive definite; for any other parameter `NAME.strengths` `[size]`, positive.
+
+    Source: iMAML's remark that lambda may be a matrix, in the form that Martens and Grosse, "Optimizing neural networks with
+    Kronecker-factored approximate curvature" (2015), give a layer's curvature; the shifted inverse by eigenvectors: George et
+    al., "Fast approximate natural gradient descent in a Kronecker-factored eigenbasis" (2018).
     """
 
     layout: ParameterLayout

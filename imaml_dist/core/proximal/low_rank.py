@@ -15,6 +15,9 @@ class LowRankProximal:
     Attributes:
         strengths: d, `[P]`, positive.
         factor: U, `[P, r]`.
+
+    Source: iMAML's remark that lambda may be a matrix, in the form of a factor model; its inverse: Woodbury, "Inverting modified
+    matrices" (1950).
     """
 
     strengths: Tensor

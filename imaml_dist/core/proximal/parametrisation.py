@@ -41,6 +41,8 @@ class Parametrisation:
 
     Raises:
         ValueError: `rank` < 1 or > P, or a weight too large for a Kronecker factor.
+
+    Source: Pinheiro and Bates, "Unconstrained parametrizations for variance-covariance matrices" (1996), the log-Cholesky one.
     """
 
     kind: Kind

@@ -18,6 +18,8 @@ class ScalarProximal:
 
     Raises:
         ValueError: `lam` is a number that is not positive and finite.
+
+    Source: iMAML eq. 3-4.
     """
 
     lam: float | Tensor

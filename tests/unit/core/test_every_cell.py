@@ -143,7 +143,7 @@ def tanh(kind):
     system = torch.linalg.eigvalsh(dense_hessian(problem.support_loss, phi) + matrix_of(kind, raw))
     assert float(system.min()) > 0.05
     generator, step, found = torch.Generator().manual_seed(3), 5e-4, []
-    for name in ("theta", "theta", *raw, *raw):
+    for name in ("theta", "theta", *raw):
         along = torch.randn(raw[name].shape if name in raw else (P,), dtype=torch.float64, generator=generator)
 
         def outer(size, name=name, along=along):

@@ -78,7 +78,8 @@ def test_lambda_gradient_agrees_with_central_differences():
     found = implicit_meta_gradient(problem.support_loss, problem.query_loss, phi, theta, proximal=proximal, solve=SOLVE)
 
     def outer(value):
-        return problem.query_loss(minimise(problem.support_loss, theta, value))
+        matrix = value * torch.eye(13, dtype=torch.float64)
+        return problem.query_loss(minimise_with(problem.support_loss, theta, matrix, start=phi))
 
     near, far = (outer(lam + size) - outer(lam - size) for size in (step, 2 * step))
     torch.testing.assert_close(found.own["lam"], (8 * near - far) / (12 * step), rtol=1e-8, atol=0)

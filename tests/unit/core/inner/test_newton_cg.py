@@ -1,6 +1,7 @@
 """Newton-CG: exact on quadratics, quadratic at the end, never uphill, and its linearisation is that of the final phi."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from helpers.algebra import matvec_of
 from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise
 
 from imaml_dist.core.curvature import gauss_newton_operator
+from imaml_dist.core.implicit import implicit_meta_gradient
 from imaml_dist.core.inner.newton_cg import newton_cg
+from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.core.proximal.scalar import ScalarProximal
 
@@ -156,6 +159,39 @@ def test_the_curvature_it_returns_is_that_of_the_final_phi_also_for_tasks_that_s
     if operator == "gauss_newton":
         expected = gauss_newton(found.params)
     torch.testing.assert_close(found.curvature(v), expected(v), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
+def test_the_curvature_handed_on_saves_the_implicit_solve_its_forward_pass(operator):
+    """Forward passes through the support loss (for Gauss-Newton: the outputs) are counted, with the hand-over and without."""
+    problem, theta, forwards = TanhRegression.random(TASKS, seed=16), _theta(13, scale=0.8), []
+    proximal = ScalarProximal(1.0)
+
+    def predict(params):
+        forwards.append(1)
+        return problem.predict(params, problem.support_x)
+
+    def support_loss(params):
+        return problem.mean_squared_error(predict(params), problem.support_y)
+
+    def gauss_newton(phi):
+        return gauss_newton_operator(predict, lambda o: problem.mean_squared_error(o, problem.support_y), phi)
+
+    def meta_gradient(phi, curvature):
+        solve = partial(conjugate_gradient, max_iterations=40, rtol=1e-14)
+        return implicit_meta_gradient(
+            support_loss, problem.query_loss, phi, theta, proximal=proximal, solve=solve, curvature=curvature
+        ).gradient
+
+    linearise = (lambda phi: gauss_newton(phi).linearised()) if operator == "gauss_newton" else None
+    inner = newton_cg(support_loss, theta, steps=4, proximal=proximal, linearise=linearise)
+    spent = len(forwards)
+    assert spent >= 4 + 1 + 4, "a linearisation at every point and a length a step"
+    handed_on = meta_gradient(inner.params, inner.curvature)
+    assert len(forwards) == spent
+    afresh = meta_gradient(inner.params, gauss_newton(inner.params) if operator == "gauss_newton" else None)
+    assert len(forwards) == spent + 1
+    torch.testing.assert_close(handed_on, afresh, rtol=1e-11, atol=1e-13)
 
 
 def test_gauss_newton_reaches_the_same_minimum():

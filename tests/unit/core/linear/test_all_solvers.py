@@ -12,7 +12,7 @@ from imaml_dist.core.linear.direct import direct
 from imaml_dist.core.linear.minres import minres
 from imaml_dist.core.linear.neumann import neumann
 from imaml_dist.core.linear.nystrom import low_rank_curvature, nystrom, nystrom_preconditioner
-from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.core.linear.solution import SLACK, Outcome, relative_residual, unit
 from imaml_dist.core.linear.system import ProximalSystem
 from imaml_dist.core.proximal.scalar import ScalarProximal
 
@@ -114,7 +114,9 @@ def test_indefinite_systems_are_solved_by_minres_and_flagged_by_conjugate_gradie
     assert solution.outcome.tolist() == [Outcome.CONVERGED]
     assert float((solution.value - torch.linalg.solve(a, b)).norm() / solution.value.norm()) < 1e-8
     assert abs(float(solution.residual - recomputed(a, b, solution.value))) < 1e-6
-    assert conjugate_gradient(matvec_of(a), b, max_iterations=16).outcome.tolist() == [Outcome.NEGATIVE_CURVATURE]
+    flagged = conjugate_gradient(matvec_of(a), b, max_iterations=16)
+    assert flagged.outcome.tolist() == [Outcome.NEGATIVE_CURVATURE]
+    assert abs(float(flagged.residual - recomputed(a, b, flagged.value))) < 1e-6
     torch.testing.assert_close(direct(matvec_of(a), b).value, torch.linalg.solve(a, b), rtol=1e-10, atol=1e-12)
 
 
@@ -124,6 +126,7 @@ def test_no_false_alarm_on_positive_definite_systems(seed):
     for solve in (conjugate_gradient, minres):
         solution = solve(matvec_of(a), b, max_iterations=30, rtol=1e-10)
         assert solution.outcome.tolist() == [Outcome.CONVERGED]
+        assert abs(float(solution.residual - recomputed(a, b, solution.value))) < 1e-6
 
 
 def test_minres_never_lets_the_residual_grow():
@@ -131,6 +134,91 @@ def test_minres_never_lets_the_residual_grow():
     residuals = [float(minres(matvec_of(a), b, max_iterations=k).residual) for k in range(1, SIZE + 1)]
     assert all(later <= earlier + 1e-12 for earlier, later in itertools.pairwise(residuals))
     assert residuals[-1] < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "condition", "rtol"),
+    [
+        ("conjugate_gradient", 1e5, 1e-3),
+        ("minres", 1e6, 0.1),
+        ("minres", 1e4, 1e-3),
+        *((n, 100.0, 1e-7) for n in ITERATIVE),
+    ],
+)
+def test_a_recurrence_that_ran_out_of_digits_has_not_converged(name, condition, rtol):
+    """Float32, where the recurrence goes on to fall when x does not. The truth is the float64 residual of what was asked."""
+    spectrum = torch.logspace(0, torch.tensor(condition).log10().item(), 40, dtype=torch.float64)
+    a = torch.stack([symmetric(spectrum, seed) for seed in range(20)]).float()
+    b = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    solution = ITERATIVE[name](matvec_of(a), b, max_iterations=400, rtol=rtol)
+    true, converged = recomputed(a.double(), b.double(), solution.value.double()), solution.outcome == Outcome.CONVERGED
+    assert (converged | (solution.outcome == Outcome.MAX_ITERATIONS)).all()
+    # A float32 product that tells is itself wrong by eps times the condition number; half of the slack is room enough.
+    assert (true[converged] <= 1.5 * SLACK * rtol).all()
+    assert not converged.all()
+    assert (true[~converged] > 0.6 * SLACK * rtol).all()
+    if name == "minres":
+        assert (true <= 1).all(), "never a worse iterate than the start"
+        assert torch.equal(solution.unsolved, (solution.value == 0).all(1))
+        assert torch.equal(solution.unsolved, (solution.iterations == 0))
+
+
+def test_minres_keeps_the_start_it_was_given_where_rounding_spoils_the_steps():
+    a = torch.stack([symmetric(torch.logspace(0, 6, 40, dtype=torch.float64), s) for s in range(20)]).float()
+    b = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    start = 1e-6 * b
+    solution = minres(matvec_of(a), b, max_iterations=300, rtol=0.1, x0=start)
+    spoiled = solution.unsolved
+    assert spoiled.any()
+    assert torch.equal(solution.value[spoiled], start[spoiled])
+    before, after = (recomputed(a.double(), b.double(), x.double()) for x in (start, solution.value))
+    assert (after <= before * (1 + 1e-6)).all()
+    torch.testing.assert_close(solution.residual[spoiled].double(), before[spoiled], rtol=1e-6, atol=0)
+    assert (solution.outcome[spoiled] == Outcome.MAX_ITERATIONS).all()
+
+
+@pytest.mark.parametrize("power", [-73, -120])
+@pytest.mark.parametrize("started", [False, True])
+@pytest.mark.parametrize("name", ITERATIVE)
+def test_a_right_side_whose_squares_vanish_is_solved_to_the_same_bits(name, started, power):
+    """`A x = c b` has the solution `c x`; with c a power of two no rounding differs. 2^-73 is 1e-22, whose square float32 lacks."""
+    a, b, tiny = spd(TASKS, SIZE, seed=1).float(), right_side().float(), 2.0**power
+    starts = [{"x0": 0.3 * b}, {"x0": 0.3 * b * tiny}] if started else [{}, {}]
+    plain, scaled = (
+        ITERATIVE[name](matvec_of(a), b * c, max_iterations=5, **s) for c, s in zip((1, tiny), starts, strict=True)
+    )
+    assert torch.equal(scaled.value, plain.value * tiny)
+    assert scaled.value.any(1).all()
+    assert torch.equal(scaled.outcome, plain.outcome) and torch.equal(scaled.iterations, plain.iterations)
+    true = recomputed(a.double(), b.double() * tiny, scaled.value.double())
+    torch.testing.assert_close(scaled.residual.double(), true, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", SOLVERS)
+def test_the_residual_of_a_tiny_right_side_is_not_zero(name):
+    """A zero for an answer has residual 1, also where `||b||^2` is zero in its type."""
+    a, b = spd(TASKS, SIZE, seed=1), right_side() * 1e-200
+    solution = SOLVERS[name](system_of(a), b)
+    torch.testing.assert_close(solution.value * 1e200, torch.linalg.solve(a, b * 1e200), rtol=1e-9, atol=1e-10)
+    assert (solution.outcome == Outcome.CONVERGED).all()
+    assert (relative_residual(matvec_of(a), b, torch.zeros_like(b)) == 1).all()
+
+
+def test_the_unit_of_a_vector_is_a_power_of_two_below_its_largest_entry():
+    rows = torch.tensor([[0.3, -0.7], [0.0, 0.0], [3.0, 1e9], [torch.nan, 1e-9], [torch.inf, 0.1], [-3e-45, 1e-45]])
+    units = unit(rows)
+    assert units.flatten().tolist() == [0.5, 1, 1, 1, 1, 2.0**-148]
+    assert torch.equal(rows[5] / units[5], torch.tensor([-1.0, 0.5]))
+
+
+def test_an_absolute_tolerance_is_in_the_units_of_the_right_side():
+    a, b = spd(TASKS, SIZE, seed=1), 1e-5 * right_side()
+    for name, solve in ITERATIVE.items():
+        solution = solve(matvec_of(a), b, max_iterations=5000, atol=2e-6)
+        size = recomputed(a, b, solution.value) * b.norm(dim=1)
+        assert (solution.outcome == Outcome.CONVERGED).all(), name
+        assert ((size <= 2e-6 * (1 + 1e-9)) & (size > 1e-8)).all(), name
+        assert (solve(matvec_of(a), b, max_iterations=5, atol=1.0).iterations == 0).all(), name
 
 
 def test_minres_takes_a_preconditioner():
