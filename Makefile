@@ -1,4 +1,4 @@
-# make setup | train | test | test-full | check. Each makes the virtual environment first if it is missing or outdated.
+# make setup | train | test | test-full | check | bench. Each makes the virtual environment first if it is missing or outdated.
 PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV   ?= .venv
 BIN    := $(VENV)/bin
@@ -6,7 +6,8 @@ DATA   ?= glyphs
 STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
-.PHONY: setup train test test-full check clean
+BENCH  ?= runs/benchmarks
+.PHONY: setup train test test-full check bench clean
 
 setup: $(STAMP)
 
@@ -34,6 +35,15 @@ test: $(STAMP)
 
 test-full: $(STAMP)
 	$(BIN)/python -m pytest
+
+bench: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@mkdir -p $(BENCH)
+	$(BIN)/python benchmarks/meta_gradient.py --json $(BENCH)/meta_gradient.json
+	$(BIN)/python benchmarks/memory.py --json $(BENCH)/memory.json --png $(BENCH)/memory.png
+	$(BIN)/python benchmarks/cost_of_accuracy.py --json $(BENCH)/cost_of_accuracy.json --png $(BENCH)/cost_of_accuracy.png
+	$(BIN)/python benchmarks/scaling.py --json $(BENCH)/scaling.json
+	$(BIN)/python benchmarks/dual_solve.py --json $(BENCH)/dual_solve.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache

@@ -25,6 +25,8 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from imaml_dist import IMAML, ConjugateGradient, GradientDescent, MetaLearner
+from imaml_dist.algorithms.algorithm import Algorithm
+from imaml_dist.algorithms.problem import Operator
 from imaml_dist.kernels.memory import keep_freed_memory
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.tasks.episode import EpisodeBatch
@@ -40,18 +42,24 @@ Method = Callable[[nn.Module, EpisodeBatch], list[Tensor]]
 """The mean meta-gradient of a network, parameter by parameter."""
 
 
-def ours(execution: Any, cg_steps: int, lam: float, lr: float) -> Method:
+def ours(
+    execution: Any, cg_steps: int, lam: float, lr: float, steps: int = STEPS, operator: Operator = "hessian"
+) -> Method:
     """This library."""
+    solver = ConjugateGradient(max_iterations=cg_steps, operator=operator)
+    return learned(IMAML(lam, GradientDescent(lr, steps), solver), execution)
+
+
+def learned(algorithm: Algorithm, execution: Any) -> Method:
+    """An algorithm of this library; a network's learner is made once."""
 
     def compute(model: nn.Module, episodes: EpisodeBatch) -> list[Tensor]:
-        key = (id(model), execution, cg_steps)
-        if key not in learners:
-            solver = ConjugateGradient(max_iterations=cg_steps, operator="hessian")
-            learners[key] = MetaLearner(model, IMAML(lam, GradientDescent(lr, STEPS), solver), execution=execution)
-        found = learners[key].meta_gradient(episodes).gradient
+        if id(model) not in learners:
+            learners[id(model)] = MetaLearner(model, algorithm, execution=execution)
+        found = learners[id(model)].meta_gradient(episodes).gradient
         return [found[name] for name, _ in model.named_parameters()]
 
-    learners: dict[Any, MetaLearner] = {}
+    learners: dict[int, MetaLearner] = {}
     return compute
 
 
@@ -96,7 +104,7 @@ def plain(cg_steps: int, lam: float, lr: float) -> Method:
     return lambda model, e: mean_over_tasks(lambda t: one(model, e, t), e)
 
 
-def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float) -> Method:
+def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float, steps: int = STEPS) -> Method:
     """TorchOpt's module for implicit gradients: `solve_normal_cg` is what its example uses, `solve_cg` the paper's."""
     import torchopt
 
@@ -119,7 +127,7 @@ def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float) -> Method:
             own = tuple(self.net.parameters())
             optimizer = torchopt.SGD(own, lr=lr)
             with torch.enable_grad():
-                for _ in range(STEPS):
+                for _ in range(steps):
                     loss = self.objective(x, y)
                     optimizer.zero_grad()
                     loss.backward(inputs=own)
@@ -135,13 +143,13 @@ def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float) -> Method:
     return lambda model, e: mean_over_tasks(lambda t: one(model, e, t), e)
 
 
-def higher_maml() -> Method:
+def higher_maml(steps: int = STEPS) -> Method:
     """MAML by the package higher."""
     import higher
 
     def one(model: nn.Module, e: EpisodeBatch, t: int) -> list[Tensor]:
         with higher.innerloop_ctx(model, torch.optim.SGD(model.parameters(), lr=LR)) as (net, optimizer):
-            for _ in range(STEPS):
+            for _ in range(steps):
                 optimizer.step(cross_entropy(net(e.support_x[t]), e.support_y[t]))
             loss = cross_entropy(net(e.query_x[t]), e.query_y[t])
             return list(torch.autograd.grad(loss, net.parameters(time=0)))
@@ -203,6 +211,15 @@ def peak() -> float:
     return 4 * 2 * 1024**3 / (time.perf_counter() - began) / 1e9
 
 
+def facts() -> dict[str, Any]:
+    """What the numbers depend on besides the code."""
+    return {
+        "torch": torch.__version__,
+        "machine": platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def measure(setting: str, repeats: int) -> dict[str, Any]:
     """Tasks a second, all methods in turn."""
     tasks, gflop = SETTINGS[setting][3:]
@@ -242,13 +259,7 @@ def main() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning)  # the others' use of older torch
     torch.set_num_threads(1)
     keep_freed_memory()
-    report: dict[str, Any] = {
-        "torch": torch.__version__,
-        "machine": platform.processor() or platform.machine(),
-        "threads": 1,
-        "errors": errors(),
-        "settings": {},
-    }
+    report: dict[str, Any] = {**facts(), "errors": errors(), "settings": {}}
     for name, error in report["errors"].items():
         print(f"{name:34} float64 relative difference {error:.1e}")
     for setting in options.setting:
