@@ -86,7 +86,11 @@ void over_blocks(int64_t rows, int64_t channels, const F& f) {
 template <bool second, typename V, size_t... i>
 V interleaved(const V& a, const V& b, std::index_sequence<i...>) {
   constexpr size_t lanes = sizeof...(i), from = second ? lanes / 2 : 0;
+#if __has_builtin(__builtin_shufflevector)
   return __builtin_shufflevector(a, b, (i % 2 * lanes + from + i / 2)...);
+#else  // g++ before 12
+  return V{(i % 2 ? b[from + i / 2] : a[from + i / 2])...};
+#endif
 }
 
 // to(j)[i] = from(i)[j] for i < rows, j < columns; from(i) and to(j) are where rows begin.

@@ -53,7 +53,6 @@ def test_convolution_is_that_of_torch_for_every_task_and_twice_differentiable(na
 @pytest.mark.parametrize("images", [4, 60])
 @pytest.mark.parametrize("name", ["grey", "many-channels"])
 def test_float32_convolutions_of_few_and_of_many_images_keep_their_digits(name, images):
-    """Many images go to other kernels."""
     (x, k, b), stride, padding = convolution(name, images=images)
 
     def derivatives(function, *given):
@@ -103,9 +102,8 @@ def test_a_third_derivative_of_batch_normalisation_is_refused_and_not_wrong():
 
 
 @pytest.mark.parametrize(("dtype", "images"), [(torch.float32, 10), (torch.float32, 40), (torch.float64, 40)])
-def test_a_task_has_the_bits_that_it_has_alone_and_our_own_sums_with_any_number_of_threads(dtype, images):
+def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype, images):
     (x, k, b), stride, padding = convolution("many-channels", tasks=5, images=images, dtype=dtype)
-
     gamma = random(5, 17, dtype=dtype)
 
     def results(rows):
