@@ -91,7 +91,9 @@ struct Patches {
   std::vector<int32_t> from;
   std::vector<T> padded, patches;
 
-  Patches(const Shape& s, const Gather& g) : s(s), padded(s.image() + 1), patches(s.block() * s.positions() * s.patch()) {
+  Patches(const Shape& s, const Gather& g) : s(s) {
+    if (!s.small()) return;
+    padded.resize(s.image() + 1), patches.resize(s.block() * s.positions() * s.patch());
     rows = {g.to, {0}, {}};
     for (int64_t r = 0; r < g.rows(); ++r) rows.from.push_back(r * s.patch());
     for (const int32_t place : g.from)

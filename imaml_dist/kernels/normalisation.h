@@ -129,8 +129,7 @@ V passed(V g, V y) {
 }
 
 template <bool relu>
-Tensor normalised(const Rows& s, const Tensor& x, const Affine& affine) {
-  Tensor y = at::empty_like(x);
+Tensor normalised(const Rows& s, const Tensor& x, const Affine& affine, Tensor y) {
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "normalised", [&] {
     over_tasks(s, [&](int64_t t) {
       const scalar_t* in = of_task<scalar_t>(x, t);
@@ -276,7 +275,8 @@ struct Norm : Function<Norm<relu>> {
     const Rows s = shape_of_rows(rows);
     const auto [mean, r] = statistics(s, rows, eps);
     ctx->save_for_backward({x, gamma, beta, mean, r});
-    return images_of(normalised<relu>(s, rows, {gamma.contiguous(), beta.contiguous(), mean, r}), x);
+    const Tensor y = empty_images(x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), x);
+    return normalised<relu>(s, rows, {gamma.contiguous(), beta.contiguous(), mean, r}, y);
   }
   static tensor_list backward(AutogradContext* ctx, const tensor_list& grads) {
     const auto saved = ctx->get_saved_variables();

@@ -9,9 +9,9 @@ namespace imaml {
 
 using at::Tensor;
 
-// [T, n, c, h, w] to look at, channels last in memory.
+// [T, n, c, h, w] to look at, channels last in memory. No view of something else, which a layer in place could not change.
 Tensor empty_images(int64_t t, int64_t n, int64_t c, int64_t h, int64_t w, const Tensor& like) {
-  return at::empty({t, n, h, w, c}, like.options()).permute({0, 1, 4, 2, 3});
+  return at::empty_strided({t, n, c, h, w}, {n * h * w * c, h * w * c, 1, w * c, c}, like.options());
 }
 Tensor channels_last(const Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
 

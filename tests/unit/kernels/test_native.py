@@ -136,6 +136,21 @@ def test_they_can_be_mapped_over_tasks_with_any_axis_and_shared_arguments():
     torch.testing.assert_close(single, expected[1], rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("tasks", [1, 3])
+@pytest.mark.parametrize("norm", [False, True])
+def test_layers_in_place_may_follow(norm, tasks):
+    x, k, gamma = random(tasks, 4, 3, 6, 6), random(tasks, 5, 3, 3, 3), random(tasks, 5)
+
+    def gradients(change):
+        given = [tensor.clone().requires_grad_() for tensor in (x, k, gamma)]
+        y = native.conv2d(*given[:2], None, 1, 0)
+        y = change(native.batch_norm(y, given[2], given[2], 1e-5) if norm else y)
+        return torch.autograd.grad(y.pow(2).sum(), given, materialize_grads=True)
+
+    for ours, expected in zip(gradients(torch.relu_), gradients(torch.relu), strict=True):
+        torch.testing.assert_close(ours, expected, rtol=0, atol=0)
+
+
 def test_misuse_is_refused():
     (x, k, b), stride, padding = convolution("uneven")
     with pytest.raises(RuntimeError, match=r"kernels \[T, o, c, kh, kw\]"):
