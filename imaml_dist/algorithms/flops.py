@@ -19,6 +19,7 @@ def flops_by_phase(learner: MetaLearner, episodes: EpisodeBatch) -> dict[str, in
         learner: its meta-parameters are used and left alone.
         episodes: T >= 1 tasks.
     """
+    episodes, _ = learner.usable(episodes[:1])
     found: dict[str, int] = {}
     ours = native.flops if learner.execution == "native" else lambda: 0
     begun = ours()
@@ -28,6 +29,6 @@ def flops_by_phase(learner: MetaLearner, episodes: EpisodeBatch) -> dict[str, in
             so_far = torchs.get_total_flops() + ours() - begun
             found[phase] = found.get(phase, 0) + so_far - sum(found.values())
 
-        learner.algorithm.meta_gradient(learner.problem(episodes[:1], learner.meta_parameters(), lap))
+        learner.algorithm.meta_gradient(learner.problem(episodes, learner.meta_parameters(), lap))
         lap("solve")
     return found

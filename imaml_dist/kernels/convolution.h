@@ -42,7 +42,7 @@ Shape shape_of(const Tensor& x, at::IntArrayRef kernel, int64_t stride, int64_t 
 }
 
 // Tensors whose tasks are contiguous each, but may lie apart, as the parts of a vector of parameters do.
-Tensor rows_apart(const Tensor& x) { return x[0].is_contiguous() ? x : x.contiguous(); }
+Tensor rows_apart(const Tensor& x) { return x.size(0) == 0 || x[0].is_contiguous() ? x : x.contiguous(); }
 
 // For every place of the output the places that the kernel lies on: what the value and the kernel's derivative gather.
 inline Gather places_under_kernel(const Shape& s) {
@@ -294,6 +294,7 @@ Tensor conv2d(const Tensor& x, const Tensor& k, const std::optional<Tensor>& bia
   }
   TORCH_CHECK(x.dim() == 5 && k.dim() == 5 && x.size(0) == k.size(0) && x.size(2) == k.size(2),
               "conv2d takes [T, n, c, h, w] and kernels [T, o, c, kh, kw], got ", x.sizes(), " and ", k.sizes());
+  TORCH_CHECK(x.size(2) > 0 && k.size(3) > 0 && k.size(4) > 0, "conv2d got no channels or an empty kernel: ", k.sizes());
   TORCH_CHECK(!bias || bias->sizes() == at::IntArrayRef({k.size(0), k.size(1)}), "conv2d takes a bias [T, o]");
   TORCH_CHECK(stride > 0 && padding >= 0 && x.size(3) + 2 * padding >= k.size(3) && x.size(4) + 2 * padding >= k.size(4),
               "conv2d got images smaller than its kernel: ", x.sizes(), " and ", k.sizes());
