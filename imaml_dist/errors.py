@@ -27,6 +27,10 @@ class DataError(InputError):
     """A data set is missing, incomplete or does not match its index."""
 
 
+class MissingError(InputError):
+    """Nothing has that name in storage."""
+
+
 class ModelError(InputError):
     """A model cannot be meta-trained as it is; the message names the layer."""
 
@@ -47,6 +51,10 @@ class OutsideError(ImamlError):
 
 class StorageError(OutsideError):
     """Reading or writing storage failed."""
+
+
+class ChangedError(StorageError):
+    """An object of storage is another one than before, or than a writer took it for."""
 
 
 class TrackingError(OutsideError):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,10 @@ class Dataset:
             entry.shape
         )
         return np.rot90(pixels, entry.rot, axes=(1, 2)) if entry.rot else pixels
+
+    def gather(self, wanted: Sequence[tuple[ClassEntry, Sequence[int]]]) -> list[Images]:
+        """Chosen images of classes, `[k, H, W, C]` uint8 each, copies."""
+        return [self.images(entry)[list(numbers)] for entry, numbers in wanted]
 
 
 def _verified(path: Path, shard: ShardEntry) -> mmap.mmap:

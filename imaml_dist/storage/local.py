@@ -57,25 +57,31 @@ def exclusive(path: Path, wait: float = 0.0) -> Iterator[bool]:
     """Hold a lock file; the operating system frees it when the process ends, however it ends.
 
     Args:
-        path: of the lock file, made if missing.
+        path: of the lock file, made if missing; or a folder, which then is the lock itself.
         wait: seconds to wait for another holder.
 
     Yields:
         Whether the lock is held.
     """
     deadline = time.monotonic() + wait
-    with open(path, "a") as file:
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                if time.monotonic() >= deadline:
-                    yield False
-                    return
-                time.sleep(0.1)
-            else:
-                yield True
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        while not _locked(descriptor):
+            if time.monotonic() >= deadline:
+                yield False
                 return
+            time.sleep(0.02)
+        yield True
+    finally:
+        os.close(descriptor)
+
+
+def _locked(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def sync_folder(folder: Path) -> None:

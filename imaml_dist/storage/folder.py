@@ -1,0 +1,127 @@
+"""A folder of a local or shared file system as storage."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from imaml_dist.errors import ChangedError, MissingError, StorageError
+from imaml_dist.storage.local import exclusive, local_path, sync_folder
+from imaml_dist.storage.protocol import ABSENT, Stat
+
+PIECE = 1 << 20
+"""Bytes read at once."""
+
+
+class Folder:
+    """`Storage` in a folder, which is made by the first write.
+
+    Args:
+        url: a path or `file://` URL.
+
+    Raises:
+        InputError: another scheme.
+    """
+
+    def __init__(self, url: str | os.PathLike[str]) -> None:
+        self.path = local_path(url)
+        self.url = str(self.path)
+
+    def stat(self, name: str) -> Stat:
+        """See `Storage`."""
+        try:
+            return _stat(os.stat(self.path / name))
+        except OSError as error:
+            raise self._translated(name, error) from error
+
+    def read(self, name: str, begin: int = 0, end: int | None = None, *, version: str | None = None) -> bytes:
+        """See `Storage`."""
+        return b"".join(self.stream(name, begin, end, version=version))
+
+    def stream(
+        self, name: str, begin: int = 0, end: int | None = None, *, version: str | None = None
+    ) -> Iterator[bytes]:
+        """See `Storage`."""
+        try:
+            with open(self.path / name, "rb") as file:
+                found = _stat(os.fstat(file.fileno()))
+                if version not in (None, found.version):
+                    raise ChangedError(f"{self.path / name} was changed since it was first looked at; read it again")
+                end = found.size if end is None else end
+                file.seek(begin)
+                while begin < end:
+                    piece = file.read(min(PIECE, end - begin))
+                    if not piece:
+                        raise StorageError(f"{self.path / name} ends at byte {begin}, {end} was asked for")
+                    begin += len(piece)
+                    if _stat(os.fstat(file.fileno())) != found:
+                        raise ChangedError(f"{self.path / name} was changed while it was read; read it again")
+                    yield piece
+        except OSError as error:
+            raise self._translated(name, error) from error
+
+    def write(self, name: str, content: bytes | Path, *, only_if: str | None = None) -> str:
+        """See `Storage`."""
+        target = self.path / name
+        part = target.with_name(f".{target.name}.{os.getpid()}.part")
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with exclusive(target.parent, wait=60.0) as held:
+                if not held:
+                    raise StorageError(f"{target.parent} is being written to by another process; wait and try again")
+                self._check_condition(name, only_if)
+                with open(part, "wb") as file:
+                    if isinstance(content, Path):
+                        with open(content, "rb") as source:
+                            shutil.copyfileobj(source, file, PIECE)
+                    else:
+                        file.write(content)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(part, target)
+            sync_folder(target.parent)
+            return self.stat(name).version
+        except OSError as error:
+            raise self._translated(name, error) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def _check_condition(self, name: str, only_if: str | None) -> None:
+        if only_if is None:
+            return
+        try:
+            found = self.stat(name).version
+        except MissingError:
+            found = ABSENT
+        if found != only_if:
+            what = "is there already" if only_if == ABSENT else "is not what it was any more"
+            raise ChangedError(f"{self.path / name} {what}; another writer was faster")
+
+    def names(self, prefix: str = "") -> Iterator[tuple[str, int]]:
+        """See `Storage`; hidden files are none of its objects."""
+        found = []
+        for folder, inner, files in os.walk(self.path):
+            inner[:] = [name for name in inner if not name.startswith(".")]
+            for file in files:
+                name = (Path(folder) / file).relative_to(self.path).as_posix()
+                if not file.startswith(".") and name.startswith(prefix):
+                    found.append((name, os.stat(Path(folder) / file).st_size))
+        yield from sorted(found, key=lambda pair: pair[0].encode())
+
+    def remove(self, name: str) -> None:
+        """See `Storage`."""
+        try:
+            (self.path / name).unlink(missing_ok=True)
+        except OSError as error:
+            raise self._translated(name, error) from error
+
+    def _translated(self, name: str, error: OSError) -> MissingError | StorageError:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+            return MissingError(f"{self.path / name} does not exist; check the path")
+        return StorageError(f"{self.path / name}: {error.strerror or error}")
+
+
+def _stat(found: os.stat_result) -> Stat:
+    return Stat(found.st_size, f"{found.st_ino:x}-{found.st_mtime_ns:x}-{found.st_size:x}")

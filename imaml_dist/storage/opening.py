@@ -1,0 +1,24 @@
+"""A URL -> the storage behind it."""
+
+from __future__ import annotations
+
+import os
+
+from imaml_dist.storage.folder import Folder
+from imaml_dist.storage.options import StorageOptions
+from imaml_dist.storage.protocol import Storage
+
+S3 = "s3://"
+
+
+def open_storage(url: str | os.PathLike[str], options: StorageOptions | None = None) -> Storage:
+    """The storage behind a path, a `file://` URL or `s3://bucket/prefix`. Nothing is asked of it yet.
+
+    Raises:
+        InputError: another scheme, or an `s3://` URL without a bucket.
+    """
+    if os.fspath(url).startswith(S3):
+        from imaml_dist.storage.s3 import Bucket
+
+        return Bucket(os.fspath(url), options or StorageOptions())
+    return Folder(url)

@@ -1,0 +1,128 @@
+"""What an S3 answer means: try again, renew credentials, or one sentence for the user. Nothing secret gets into a message."""
+
+from __future__ import annotations
+
+import http.client
+from collections.abc import Callable
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Any
+
+import urllib3.exceptions
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    TokenRetrievalError,
+)
+from botocore.exceptions import ConnectionError as NoConnectionError
+
+from imaml_dist.errors import ChangedError, ImamlError, InputError, MissingError, StorageError, brief
+
+FAULTS = (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+"""What asking for an object may raise."""
+
+_BROKEN = (HTTPClientError, NoConnectionError, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
+_NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError)
+_EXPIRED = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"}
+_BUSY = {
+    "SlowDown",
+    "Throttling",
+    "ThrottlingException",
+    "RequestLimitExceeded",
+    "TooManyRequests",
+    "RequestTimeout",
+    "RequestTimeoutException",
+    "InternalError",
+    "ServiceUnavailable",
+    "ConditionalRequestConflict",
+    "OperationAborted",
+    "BadDigest",
+}
+_SKEWED = {"RequestTimeTooSkewed", "RequestInTheFuture"}
+
+
+class Verdict(Enum):
+    """What to do about a fault."""
+
+    AGAIN = 1
+    RENEW = 2
+    FINAL = 3
+
+
+def verdict(error: BaseException) -> Verdict:
+    """Whether trying again may help."""
+    if isinstance(error, ClientError):
+        if code_of(error) in _EXPIRED:
+            return Verdict.RENEW
+        return (
+            Verdict.AGAIN if code_of(error) in _BUSY or status_of(error) in (429, *range(500, 600)) else Verdict.FINAL
+        )
+    return Verdict.AGAIN if isinstance(error, _BROKEN) else Verdict.FINAL
+
+
+def code_of(error: ClientError) -> str:
+    """S3's own name of an error, or the number of the HTTP status where there is no body."""
+    return str(error.response.get("Error", {}).get("Code", ""))
+
+
+def status_of(error: ClientError) -> int:
+    """HTTP status."""
+    return int(error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+
+
+def told(error: BaseException) -> str:
+    """A fault in a few words."""
+    if isinstance(error, ClientError):
+        return f"{status_of(error)} {code_of(error)}" if code_of(error) != str(status_of(error)) else code_of(error)
+    return brief(error)
+
+
+def translated(error: BaseException, where: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> ImamlError:
+    """The project's own error for a fault that is final."""
+    if isinstance(error, _NO_CREDENTIALS):
+        return StorageError(
+            f"{where}: no usable credentials were found ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "or a profile, or storage.anonymous for a public bucket"
+        )
+    if not isinstance(error, ClientError):
+        return InputError(
+            f"{where}: the request cannot be made ({brief(error)}); check the URL and the storage settings"
+        )
+    code, status = code_of(error), status_of(error)
+    if code in _SKEWED:
+        return StorageError(
+            f"{where}: the server refuses requests from this machine's clock, which is {_skew(error.response, now())}; "
+            "synchronise it (NTP) and run the command again"
+        )
+    if code in _EXPIRED:
+        return StorageError(
+            f"{where}: the credentials have expired ({code}), and new ones were not to be had; log in again, or mend the provider "
+            "of credentials, and run the command again"
+        )
+    if status == 412 or code == "PreconditionFailed":
+        return ChangedError(f"{where} was changed since it was first looked at; read it again")
+    if status == 416 or code == "InvalidRange":
+        return ChangedError(f"{where} is shorter than it should be")
+    if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
+        what = "the bucket does not exist" if code == "NoSuchBucket" else "does not exist"
+        return MissingError(f"{where}: {what}; check bucket, key and endpoint")
+    if status in (401, 403):
+        return StorageError(
+            f"{where}: access is refused ({told(error)}); check bucket and key, and what these credentials may do "
+            "(without the right to list a bucket, a missing object looks the same)"
+        )
+    return StorageError(f"{where}: the server refuses the request ({told(error)})")
+
+
+def _skew(response: dict[str, Any], now: datetime) -> str:
+    date = response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("date")
+    try:
+        seconds = (now - parsedate_to_datetime(date)).total_seconds()
+    except (TypeError, ValueError):
+        return "too far from its own (it does not say how far)"
+    return f"{abs(seconds):.0f} seconds {'ahead of' if seconds > 0 else 'behind'} its own"
