@@ -27,8 +27,7 @@ import torch
 from matplotlib.figure import Figure
 from meta_gradient import facts
 
-from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, prepare_process
+from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.meta_parameters import meta_parameters
@@ -63,7 +62,7 @@ def tested(run: Path, tasks: int, step: int) -> tuple[int, dict[str, float]]:
     directory = RunDirectory(run)
     config = directory.config()
     prepare_process(config)
-    source = make_source(config, Dataset(config.data.url), "test")
+    source = make_source(config, open_dataset(config), "test")
     learner = make_learner(config, source.image_shape)
     tensors, state = checkpoints.load(checkpoints.path_of(directory.checkpoints, step))
     meta_parameters(learner).load(tensors)

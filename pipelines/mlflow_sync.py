@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed.build import open_dataset
 from imaml_dist.errors import InputError
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
@@ -22,6 +22,6 @@ def sync(path: Path) -> None:
     config = run.config()
     if run.read_json(run.summary_file) is None:
         raise InputError(f"{path} is not finished (no summary.json); `imaml train` sends its metrics as it goes on")
-    tracker = mlflow_run(config, run, Dataset(config.data.url))
+    tracker = mlflow_run(config, run, open_dataset(config))
     finish_tracking(tracker, run, "FINISHED")
     console.out.print(f"MLflow run {tracker.identity}")

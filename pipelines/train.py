@@ -17,7 +17,7 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.load import load_config
 from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, resolve
+from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve
 from imaml_dist.distributed.worker import Stop
 from imaml_dist.errors import InputError, LossError, ModelError, TrackingError, brief
 from imaml_dist.storage.local import exclusive
@@ -92,7 +92,7 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
 
 def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Dataset:
     """Find what is wrong with data, episodes, model and warm start before anything is started."""
-    dataset = Dataset(config.data.url)
+    dataset = open_dataset(config)
     for split, wanted in (("train", True), ("val", config.validation.tasks > 0), ("test", config.evaluate.tasks > 0)):
         if wanted:
             make_source(config, dataset, split)

@@ -15,13 +15,41 @@ class DataConfig(Section):
     """Which episodes."""
 
     url: str = "data/glyphs"
-    """Folder of `index.json`: a path or `file://` URL."""
+    """Folder of `index.json`: a path, a `file://` URL, or `s3://bucket/prefix`."""
     way: int = Field(5, ge=2)
     """N, classes per episode."""
     shot: int = Field(1, ge=1)
     """K, support images per class."""
     query: int = Field(5, ge=1)
     """Q, query images per class in training and validation."""
+
+
+class StorageConfig(Section):
+    """How object storage is reached; nothing secret, credentials come from the environment. See `StorageOptions`."""
+
+    endpoint: str | None = Field(None, pattern=r"^https?://[^@/]+/?$")
+    """URL of an S3-compatible server; null takes `AWS_ENDPOINT_URL_S3`, or Amazon's."""
+    region: str | None = None
+    addressing: Literal["auto", "path", "virtual"] = "auto"
+    """`auto` is `path` with an endpoint of one's own."""
+    anonymous: bool = False
+    """Sign nothing: for public buckets."""
+    checksums: Literal["auto", "when_required", "when_supported"] = "auto"
+    retry_seconds: float = Field(60.0, ge=0)
+    """How long one operation may go on failing without progress."""
+    connect_timeout: float = Field(5.0, gt=0)
+    read_timeout: float = Field(20.0, gt=0)
+    """Seconds without a byte."""
+    min_bytes_per_second: float = Field(1024.0, ge=0)
+    """A slower answer is dropped and asked for again."""
+    connections: int = Field(8, ge=1, le=256)
+    """Per worker."""
+    cache: str | None = None
+    """Folder of the node's cache, shared by its workers; null takes `$IMAML_CACHE`, or `imaml` in the user's cache folder."""
+    cache_bytes: int = Field(10_000_000_000, ge=0)
+    """Of all that the cache keeps; what was used least recently goes first."""
+    prefetch: int = Field(8, ge=0, le=1024)
+    """Chunks of episodes made ahead of their use, per worker."""
 
 
 class Conv4Config(Section):
@@ -184,6 +212,7 @@ class ExperimentConfig(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     data: DataConfig = DataConfig()
+    storage: StorageConfig = StorageConfig()
     model: ModelConfig = Conv4Config()
     algorithm: AlgorithmConfig = IMAMLConfig()
     loss: str = Field("cross_entropy", pattern=r"^(cross_entropy|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")

@@ -1,45 +1,86 @@
-"""Reading a data set: every shard is verified before its first use, then its pixels are used in place."""
+"""Reading a data set, wherever it lies: every record is verified before its first use, and used in place."""
 
 from __future__ import annotations
 
-import hashlib
-import mmap
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 
-from imaml_dist.data.index import FILE_NAME, ClassEntry, Index, ShardEntry
+from imaml_dist.data.cache import DEFAULT_BUDGET, CacheCounters, NodeCache
+from imaml_dist.data.cached import CachedShards
+from imaml_dist.data.index import ClassEntry, read_index
+from imaml_dist.data.mapped import MappedShards
 from imaml_dist.data.records import Images
-from imaml_dist.errors import DataError
-from imaml_dist.storage.local import local_path
+from imaml_dist.errors import ChangedError, DataError
+from imaml_dist.storage.folder import Folder
+from imaml_dist.storage.opening import open_storage
+from imaml_dist.storage.options import StorageOptions
+
+LOOKS = 3
+"""At a shard that is written to while it is read, before giving up."""
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """Of the node's cache, which data sets in object storage are read through.
+
+    Attributes:
+        folder: None is `$IMAML_CACHE`, or the user's own folder for caches.
+        budget: bytes.
+    """
+
+    folder: Path | None = None
+    budget: int = DEFAULT_BUDGET
+
+
+class Shards(Protocol):
+    """Where the pixel bytes of class records come from."""
+
+    def held(self, entries: Sequence[ClassEntry]) -> AbstractContextManager[list[memoryview]]:
+        """Verified pixel bytes of each entry, good until the block ends without an error."""
+        ...
+
+    def check(self) -> None:
+        """Every shard is there and has its size."""
+        ...
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        ...
 
 
 class Dataset:
-    """A verified class-record data set. Safe to read from several threads; not to be pickled: open it where it is used.
+    """A class-record data set. Safe to read from several threads; not to be pickled: open it where it is used.
 
     Args:
-        url: folder of `index.json`, a path or `file://` URL.
+        url: folder of `index.json`: a path, a `file://` URL or `s3://bucket/prefix`.
+        storage: how object storage is reached.
+        cache: of the node, for what lies in object storage.
 
     Raises:
-        DataError: the folder or the index is missing, or a shard is missing or differs from the index in size or
-            sha256. The message names the shard.
+        DataError: there is no index, or a shard is missing or differs from the index in size. The message names the shard.
+        StorageError: storage cannot be reached.
     """
 
-    def __init__(self, url: str) -> None:
-        self.url = url
-        folder = local_path(url)
-        if not folder.is_dir():
-            raise DataError(
-                f"data.url: there is no folder {folder}; write one with `imaml prepare glyphs --out {folder}` or check the path"
-            )
-        path = folder / FILE_NAME
-        if not path.is_file():
-            raise DataError(
-                f"data.url: {folder} has no {FILE_NAME}; write the data set with `imaml prepare`, which puts the index last"
-            )
-        self.index = Index.from_json(path.read_bytes(), str(path))
-        self._shards = [_verified(folder / shard.name, shard) for shard in self.index.shards]
+    def __init__(self, url: str, storage: StorageOptions | None = None, cache: CacheOptions | None = None) -> None:
+        options, kept = storage or StorageOptions(), cache or CacheOptions()
+        place = open_storage(url, options)
+        self.url = place.url
+        self.index = read_index(place)
+        self.cached: CacheCounters | None = None
+        """Of the node's cache; None where the data set is used where it lies."""
+        self._shards: Shards
+        if isinstance(place, Folder):
+            self._shards = MappedShards(place.path, self.index.shards)
+        else:
+            node = NodeCache(kept.folder, kept.budget)
+            self.cached = node.counters
+            self._shards = CachedShards(place, self.index, node, options.connections)
+        self._shards.check()
 
     def classes(self, split: str) -> tuple[ClassEntry, ...]:
         """The classes of a split in canonical order.
@@ -53,39 +94,36 @@ class Dataset:
         return classes
 
     def images(self, entry: ClassEntry) -> Images:
-        """All images of a class, `[n, H, W, C]` uint8, a read-only view into the shard (turned by `rot`)."""
-        start = entry.offset + entry.header
-        count = int(np.prod(entry.shape))
-        pixels = np.frombuffer(self._shards[entry.shard], dtype=np.uint8, count=count, offset=start).reshape(
-            entry.shape
-        )
-        return np.rot90(pixels, entry.rot, axes=(1, 2)) if entry.rot else pixels
+        """All images of a class, `[n, H, W, C]` uint8 (turned by `rot`)."""
+        return self.gather([(entry, range(entry.shape[0]))])[0]
 
     def gather(self, wanted: Sequence[tuple[ClassEntry, Sequence[int]]]) -> list[Images]:
-        """Chosen images of classes, `[k, H, W, C]` uint8 each, copies."""
-        return [self.images(entry)[list(numbers)] for entry, numbers in wanted]
+        """Chosen images of classes, `[k, H, W, C]` uint8 each (turned by `rot`).
+
+        Raises:
+            DataError: a record does not match the index; the message names shard, class and bytes.
+            StorageError: storage fails for longer than its options allow.
+        """
+        entries = [entry for entry, _ in wanted]
+        for look in range(1, LOOKS + 1):
+            try:
+                with self._shards.held(entries) as views:
+                    return [_chosen(view, *pair) for view, pair in zip(views, wanted, strict=True)]
+            except ChangedError:
+                if look == LOOKS:
+                    raise
+        raise AssertionError
+
+    def fetch(self, entries: Sequence[ClassEntry]) -> None:
+        """Have classes at hand before their images are asked for."""
+        with self._shards.held(entries):
+            pass
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        self._shards.close()
 
 
-def _verified(path: Path, shard: ShardEntry) -> mmap.mmap:
-    try:
-        with open(path, "rb") as file:
-            size = path.stat().st_size
-            if size != shard.size:
-                raise DataError(
-                    f"shard {path} is {size} bytes long, the index says {shard.size} (the bytes from {min(size, shard.size)} on are "
-                    f"{'missing' if size < shard.size else 'not ours'}); copy it again or prepare the data set again"
-                )
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-    except FileNotFoundError as error:
-        raise DataError(
-            f"shard {path} is missing, the index lists it; copy it again or prepare the data set again"
-        ) from error
-    except (OSError, ValueError) as error:
-        raise DataError(f"shard {path} cannot be read ({error}); mend that or prepare the data set again") from error
-    digest = hashlib.sha256(mapped).hexdigest()
-    if digest != shard.sha256:
-        raise DataError(
-            f"shard {path} has sha256 {digest[:12]}, the index says {shard.sha256[:12]}: bytes 0 to {shard.size} contain damage; "
-            "copy it again or prepare the data set again"
-        )
-    return mapped
+def _chosen(pixels: memoryview, entry: ClassEntry, numbers: Sequence[int]) -> Images:
+    images = np.frombuffer(pixels, dtype=np.uint8).reshape(entry.shape)[list(numbers)]
+    return np.rot90(images, entry.rot, axes=(1, 2)) if entry.rot else images

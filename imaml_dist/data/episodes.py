@@ -107,16 +107,13 @@ class EpisodeSource:
 
     def episodes(self, step: int, tasks: range) -> EpisodeBatch:
         """See `TaskSource.episodes`."""
-        support, query = [], []
-        for task in tasks:
-            classes, numbers = self.draw(step, task)
-            images = [self._dataset.images(self._classes[c])[n] for c, n in zip(classes, numbers, strict=True)]
-            support.append(np.concatenate([i[: self._shot] for i in images]))
-            query.append(np.concatenate([i[self._shot :] for i in images]))
+        drawn = [self.draw(step, task) for task in tasks]
+        wanted = [(self._classes[c], n) for classes, numbers in drawn for c, n in zip(classes, numbers, strict=True)]
+        images = np.concatenate(self._dataset.gather(wanted))
         return EpisodeBatch(
-            support_x=_pixels(support, self._dtype),
+            support_x=self._pixels(images, slice(self._shot)),
             support_y=self._labels(len(tasks), self._shot),
-            query_x=_pixels(query, self._dtype),
+            query_x=self._pixels(images, slice(self._shot, None)),
             query_y=self._labels(len(tasks), self._query),
             index=torch.tensor(list(tasks), dtype=torch.int64),
             key=torch.tensor([self._key(step, task) for task in tasks], dtype=torch.int64),
@@ -129,7 +126,7 @@ class EpisodeSource:
     def _labels(self, tasks: int, per_class: int) -> Tensor:
         return torch.arange(self._way).repeat_interleave(per_class).repeat(tasks, 1)
 
-
-def _pixels(episodes: list[Images], dtype: torch.dtype) -> Tensor:
-    """uint8 `[n, H, W, C]` per task -> `[T, n, C, H, W]` in [0, 1]."""
-    return torch.from_numpy(np.stack(episodes)).permute(0, 1, 4, 2, 3).to(dtype).div_(255.0).contiguous()
+    def _pixels(self, images: Images, part: slice) -> Tensor:
+        """A part of every class's images, of uint8 `[T * N * (K + Q), H, W, C]` -> `[T, n, C, H, W]` in [0, 1]."""
+        per_class = torch.from_numpy(images).unflatten(0, (-1, self._way, self._shot + self._query))[:, :, part]
+        return per_class.flatten(1, 2).movedim(-1, 2).to(self._dtype, memory_format=torch.contiguous_format).div_(255.0)

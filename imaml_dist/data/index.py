@@ -19,11 +19,13 @@ import re
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from imaml_dist.errors import DataError
+from imaml_dist.errors import DataError, MissingError
+from imaml_dist.storage.protocol import Storage
 
 FORMAT = "imaml-class-records"
 VERSION = 1
 FILE_NAME = "index.json"
+MAX_BYTES = 32 << 20
 SPLITS = ("train", "val", "test")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 
@@ -128,6 +130,25 @@ class Index:
             "shards": [asdict(s) for s in self.shards],
             "splits": {split: [asdict(c) for c in classes] for split, classes in self.splits.items()},
         }
+
+
+def read_index(storage: Storage) -> Index:
+    """The index of a data set.
+
+    Raises:
+        DataError: there is none, it is too large to be one, or see `Index.from_json`.
+    """
+    where = f"{storage.url}/{FILE_NAME}"
+    try:
+        size = storage.stat(FILE_NAME).size
+        if size > MAX_BYTES:
+            raise DataError(f"{where} is {size} bytes long, an index has at most {MAX_BYTES}; check the URL")
+        return Index.from_json(storage.read(FILE_NAME), where)
+    except MissingError as error:
+        raise DataError(
+            f"data.url: {storage.url} has no {FILE_NAME}; check the URL, or write the data set with `imaml prepare`, which puts "
+            "the index last"
+        ) from error
 
 
 def _class_entry(raw: dict[str, Any]) -> ClassEntry:

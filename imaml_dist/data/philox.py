@@ -10,15 +10,19 @@ in an interval" (2019).
 
 from __future__ import annotations
 
+import threading
 from enum import IntEnum
 
 import numpy as np
+from numpy.typing import NDArray
 
 SPEC_VERSION = 1
 """Of the drawing rules; a run is resumed and a frozen manifest is read only under the version it was made with."""
 
 _WORD = 1 << 64
-_BUFFER = 64
+_LOW = _WORD - 1
+_BLOCK = 4
+"""Words that one value of the counter gives."""
 
 
 class Domain(IntEnum):
@@ -29,6 +33,32 @@ class Domain(IntEnum):
     TEST = 2
     CLASS_POOL = 3
     AUGMENTATION = 16
+
+
+class _OfThread(threading.local):
+    """A generator that is set to a place before every use: to make a new one takes ten times as long."""
+
+    def __init__(self) -> None:
+        self.philox = np.random.Philox(0)
+
+
+_generator = _OfThread()
+
+
+def raw_words(
+    seed: int, domain: int, step: int, task: int, ordinal: int, count: int, block: int = 0
+) -> NDArray[np.uint64]:
+    """`count` words of a stream from word `4 * block` on; see `Stream` for the other arguments."""
+    philox = _generator.philox
+    philox.state = {
+        "bit_generator": "Philox",
+        "state": {"counter": (block, ordinal, step, task), "key": (seed, domain)},
+        "buffer": (0, 0, 0, 0),
+        "buffer_pos": _BLOCK,  # nothing of it is left
+        "has_uint32": 0,
+        "uinteger": 0,
+    }
+    return philox.random_raw(count)
 
 
 class Stream:
@@ -43,24 +73,26 @@ class Stream:
     """
 
     def __init__(self, seed: int, domain: int, step: int, task: int, ordinal: int = 0) -> None:
-        self._generator = np.random.Philox(
-            key=np.array([seed, domain], dtype=np.uint64), counter=np.array([0, ordinal, step, task], dtype=np.uint64)
-        )
+        self._place = (seed, domain, step, task, ordinal)
         self._words: list[int] = []
+        self._block, self._blocks = 0, 1
 
     def u64(self) -> int:
         """The next raw word, 0 <= word < 2^64."""
         if not self._words:
-            self._words = self._generator.random_raw(_BUFFER).tolist()[::-1]
+            self._words = raw_words(*self._place, _BLOCK * self._blocks, self._block).tolist()[::-1]
+            # One word or very many may be wanted: each time a little more is made ahead.
+            self._block, self._blocks = self._block + self._blocks, min(2 * self._blocks + 6, 64)
         return self._words.pop()
 
     def below(self, n: int) -> int:
         """A uniform integer in [0, n), n >= 1, without bias (Lemire's multiply and reject)."""
-        threshold = (_WORD - n) % n
         while True:
             product = self.u64() * n
-            if product % _WORD >= threshold:
-                return product // _WORD
+            low = product & _LOW
+            # The threshold is below n, so that its slow division is hardly ever needed.
+            if low >= n or low >= (_WORD - n) % n:
+                return product >> 64
 
     def sample(self, n: int, k: int) -> list[int]:
         """k distinct integers out of [0, n) in the order drawn: a sparse Fisher-Yates shuffle, O(k).

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -17,7 +18,8 @@ from imaml_dist.config.schema import (
     ModelConfig,
     UserModelConfig,
 )
-from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.ahead import Ahead
+from imaml_dist.data.dataset import CacheOptions, Dataset
 from imaml_dist.data.episodes import EpisodeSource
 from imaml_dist.distributed.build_algorithm import make_algorithm
 from imaml_dist.errors import ConfigError, brief
@@ -25,6 +27,8 @@ from imaml_dist.kernels import native as kernels
 from imaml_dist.kernels.memory import keep_freed_memory
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
+from imaml_dist.storage.options import StorageOptions
+from imaml_dist.tasks.episode import TaskSource
 
 
 def resolve(config: ExperimentConfig, *, cuda: bool, native: Callable[[], bool] = kernels.usable) -> ExperimentConfig:
@@ -137,6 +141,25 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) ->
 def dtype_of(config: ExperimentConfig) -> torch.dtype:
     """Of parameters and images."""
     return torch.float64 if config.run.precision == "float64" else torch.float32
+
+
+def open_dataset(config: ExperimentConfig) -> Dataset:
+    """The data set, read as the storage section says.
+
+    Raises:
+        DataError, StorageError: it is missing, incomplete, or cannot be reached.
+    """
+    fields = config.storage.model_dump()
+    folder, budget = fields.pop("cache"), fields.pop("cache_bytes")
+    del fields["prefetch"]
+    return Dataset(
+        config.data.url, StorageOptions(**fields), CacheOptions(None if folder is None else Path(folder), budget)
+    )
+
+
+def read_ahead(config: ExperimentConfig, source: TaskSource, requests: Iterable[tuple[int, range]]) -> Ahead:
+    """Episodes of requests to come, made while this process computes."""
+    return Ahead(source, requests, config.storage.prefetch, pin=config.run.device == "cuda")
 
 
 def make_source(config: ExperimentConfig, dataset: Dataset, split: str) -> EpisodeSource:

@@ -11,7 +11,7 @@ from torch import Tensor
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source
+from imaml_dist.distributed.build import make_learner, make_source, read_ahead
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.reduction import Group, first_rank_decides, gather_chunks
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
@@ -21,7 +21,9 @@ from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
 
 
-def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, tasks: int) -> Evaluation:
+def shared_accuracy(
+    config: ExperimentConfig, group: Group, learner: MetaLearner, source: TaskSource, tasks: int
+) -> Evaluation:
     """`training.evaluation.evaluate`, its chunks dealt to the workers; the same result on every rank and number of ranks.
 
     Raises:
@@ -31,9 +33,10 @@ def shared_accuracy(group: Group, learner: MetaLearner, source: TaskSource, task
     chunks = chunks_of(tasks, TASKS_AT_ONCE)
     dealt = dealt_to(group.rank, group.world, len(chunks))
     mine = torch.zeros(len(dealt), TASKS_AT_ONCE, COLUMNS, dtype=torch.float64)
-    for row, number in enumerate(dealt):
-        scores = task_scores(learner, source.episodes(0, chunks[number]).to(device))
-        mine[row, : len(scores)] = scores.cpu()
+    with read_ahead(config, source, ((0, chunks[number]) for number in dealt)) as coming:
+        for row, episodes in enumerate(coming):
+            scores = task_scores(learner, episodes.to(device))
+            mine[row, : len(scores)] = scores.cpu()
     rows = gather_chunks(group, mine, len(chunks)).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 
@@ -67,7 +70,7 @@ def meta_test(
     for learner in (untrained, trained):
         if first_rank_decides(group, lambda: int(run.stop_file.exists())):
             return None
-        results.append(shared_accuracy(group, learner, source, config.evaluate.tasks))
+        results.append(shared_accuracy(config, group, learner, source, config.evaluate.tasks))
     before, after = results
     result: dict[str, Any] = {
         "split": split,

@@ -20,6 +20,7 @@ from imaml_dist.distributed.reduction import ProcessGroup
 from imaml_dist.distributed.worker import Stop, Worker
 from imaml_dist.errors import ImamlError, TrainingError
 from imaml_dist.storage.local import local_path
+from imaml_dist.storage.opening import S3
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
@@ -113,4 +114,9 @@ def _absolute(config: ExperimentConfig) -> dict[str, Any]:
     data, warm = config.data.model_dump(), config.warm_start.model_dump()
     if config.warm_start.path is not None:
         warm |= {"path": str(local_path(config.warm_start.path).resolve())}
-    return {"data": data | {"url": str(local_path(config.data.url).resolve())}, "warm_start": warm}
+    storage = config.storage.model_dump()
+    if config.storage.cache is not None:
+        storage |= {"cache": str(Path(config.storage.cache).resolve())}
+    if not config.data.url.startswith(S3):
+        data |= {"url": str(local_path(config.data.url).resolve())}
+    return {"data": data, "storage": storage, "warm_start": warm}

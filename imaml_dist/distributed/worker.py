@@ -19,11 +19,12 @@ from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, prepare_process
+from imaml_dist.data.philox import SPEC_VERSION
+from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, read_ahead
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
 from imaml_dist.distributed.reduction import Group, exact_sum, fast_sum, first_rank_decides, gather_chunks, tree_sum
+from imaml_dist.distributed.traffic import Traffic
 from imaml_dist.errors import CheckpointError, StorageError, TrainingError
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
@@ -59,13 +60,16 @@ class Worker:
     def __init__(self, config: ExperimentConfig, run: RunDirectory, group: Group) -> None:
         prepare_process(config)
         self.config, self.run, self.group = config, run, group
-        self.dataset = Dataset(config.data.url)
+        self.dataset = open_dataset(config)
         self.train_source = make_source(config, self.dataset, "train")
         self.val_source = make_source(config, self.dataset, "val") if config.validation.tasks else None
         self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
         learned = meta_parameters(self.learner)
-        self.state = MetaState(learned, make_optimizer(learned, config.outer))
+        drawn_from = {"dataset": self.dataset.index.fingerprint, "drawing rules": SPEC_VERSION}
+        self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from)
         self.chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
+        self._mine = dealt_to(group.rank, group.world, len(self.chunks))
+        self._traffic = Traffic(self.dataset.cached)
         watch = config.run.profile > 0 and group.rank == 0
         self._profile = StepProfile(config.run.profile, run.profile) if watch else None
 
@@ -93,12 +97,22 @@ class Worker:
 
     def _train(self) -> Stop:
         self._resume()
+        requests = (
+            (step, self.chunks[number])
+            for step in range(self.state.step, self.config.run.steps)
+            for number in self._mine
+        )
+        with read_ahead(self.config, self.train_source, requests) as self._episodes:
+            return self._steps()
+
+    def _steps(self) -> Stop:
         began, earlier = time.monotonic(), self.state.seconds
-        stop = self._agree(self._should_stop())
+        stop, _ = self._agree(self._should_stop())
         while stop is Stop.NOT_YET:
             record = self._observed_step()
             self.state.seconds = earlier + time.monotonic() - began
-            stop = self._agree(self._should_stop())
+            stop, traffic = self._agree(self._should_stop())
+            record |= traffic
             if self.state.step % self.config.validation.every == 0 or stop in (Stop.STEPS, Stop.SECONDS):
                 self._validate(record)
             self.state.seconds = earlier + time.monotonic() - began
@@ -159,9 +173,11 @@ class Worker:
             return Stop.SECONDS
         return Stop.NOT_YET
 
-    def _agree(self, mine: Stop) -> Stop:
-        opinions = self.group.gather(torch.tensor([int(mine)], dtype=torch.float64))
-        return Stop(int(max(float(o) for o in opinions)))
+    def _agree(self, mine: Stop) -> tuple[Stop, metrics_file.Record]:
+        """The opinion of all, and what all have asked of storage since the last time."""
+        said = torch.tensor([int(mine), *self._traffic.since_last()], dtype=torch.float64)
+        rows = [row.tolist() for row in self.group.gather(said)]
+        return Stop(int(max(row[0] for row in rows))), dict(self._traffic.summed([row[1:] for row in rows]))
 
     def _observed_step(self) -> metrics_file.Record:
         """A meta-step, watched by rank 0 if that was asked for."""
@@ -181,9 +197,9 @@ class Worker:
         clock = time.perf_counter()
         seconds = {"data": 0.0, "inner": 0.0, "query": 0.0, "solve": 0.0}
         gradients, rows = [], []
-        for number in dealt_to(self.group.rank, self.group.world, len(self.chunks)):
+        for _ in self._mine:
             fetch = time.perf_counter()
-            episodes = self.train_source.episodes(step, self.chunks[number]).to(self.config.run.device)
+            episodes = next(self._episodes).to(self.config.run.device)
             seconds["data"] += time.perf_counter() - fetch
             out = self.learner.task_gradients(episodes)
             for phase, spent in out.seconds.items():
@@ -253,7 +269,7 @@ class Worker:
         """Add the validation accuracy to the record, and note the step if it is the best so far."""
         if self.val_source is None:
             return
-        result = shared_accuracy(self.group, self.learner, self.val_source, self.config.validation.tasks)
+        result = shared_accuracy(self.config, self.group, self.learner, self.val_source, self.config.validation.tasks)
         record |= {"val_accuracy": result.mean, "val_ci95": result.ci95}
         if result.inductive is not None:
             record |= {"val_accuracy_inductive": result.inductive.mean, "val_ci95_inductive": result.inductive.ci95}

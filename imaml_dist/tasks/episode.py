@@ -63,6 +63,10 @@ class EpisodeBatch:
         """The same episodes on `device`."""
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
 
+    def pinned(self) -> EpisodeBatch:
+        """The same episodes in memory from which copies to a GPU need not wait."""
+        return self._map(lambda tensor: tensor.pin_memory())
+
     @staticmethod
     def stack(episodes: Sequence[EpisodeBatch]) -> EpisodeBatch:
         """Batches of one shape as one batch.

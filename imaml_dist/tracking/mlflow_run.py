@@ -223,7 +223,8 @@ class MlflowRun:
             self._client.log_batch(run_id, params=params[begin : begin + 100])
         data = self._facts.dataset
         source = json.dumps({"uri": data["source"]})
-        entity = Dataset(name=data["name"], digest=data["digest"][:36], source_type="local", source=source)
+        kind = "s3" if data["source"].startswith("s3://") else "local"
+        entity = Dataset(name=data["name"], digest=data["digest"][:36], source_type=kind, source=source)
         tags = [
             InputTag("mlflow.data.context", "meta-train"),
             *(InputTag(k, v) for k, v in self._facts.dataset_tags.items()),

@@ -26,6 +26,7 @@ RESUMABLE = (
     "run.profile",
     "validate.every",
     "evaluate",
+    "storage",
     "tracking",
 )
 """Fields, or whole sections, that a resumed run may change: none of them changes what a meta-step computes.

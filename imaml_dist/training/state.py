@@ -28,12 +28,14 @@ class MetaState:
     """Meta-parameters, optimiser, ledger, best validation, seconds in the loop, and what became of the meta-steps.
 
     Attributes:
+        drawn_from: what episodes are drawn from and how, by name; a state saved under another one is not taken over.
         updates: meta-steps that were applied; the others were skipped.
         skipped_in_a_row: meta-steps skipped since the last one that was applied.
     """
 
     parameters: MetaParameters
     optimizer: torch.optim.Optimizer
+    drawn_from: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     best: Best = field(default_factory=Best)
     seconds: float = 0.0
@@ -67,6 +69,7 @@ class MetaState:
     def facts(self) -> dict[str, Any]:
         """What is not a tensor, in JSON."""
         return {
+            "drawn_from": self.drawn_from,
             "ledger": self.ledger.to_dict(),
             "best": asdict(self.best),
             "seconds": self.seconds,
@@ -78,8 +81,14 @@ class MetaState:
         """Take over a saved state.
 
         Raises:
-            CheckpointError: names or shapes differ from this model's or this algorithm's.
+            CheckpointError: names or shapes differ from this model's or this algorithm's, or episodes were drawn from others.
         """
+        for name, here in self.drawn_from.items():
+            if (before := facts.get("drawn_from", {}).get(name)) != here:
+                raise CheckpointError(
+                    f"the run was begun with {name} {str(before)[:12]}, and here it is {str(here)[:12]}, so that other episodes would be "
+                    "drawn; put the old data set back, choose another --run-dir, or start over with --fresh"
+                )
         self.parameters.load(tensors)
         try:
             slots: dict[int, dict[str, Tensor]] = {}

@@ -75,6 +75,7 @@ def test_the_mean_of_a_step_with_bad_tasks_is_bit_equal_to_that_of_the_accepted_
     expected = tree_sum(torch.stack([tree_sum(chunk) for chunk in rows])) / (8 - bad)
     applied = []
     worker.state.apply = lambda gradient, rate: applied.append(gradient)
+    worker._episodes = (worker.train_source.episodes(0, chunk) for chunk in worker.chunks)
     record = worker._meta_step(0)
     assert record["accepted"] == 8 - bad
     assert torch.equal(applied[0], expected)
@@ -83,9 +84,9 @@ def test_the_mean_of_a_step_with_bad_tasks_is_bit_equal_to_that_of_the_accepted_
 
 def test_bad_tasks_of_an_evaluation_are_named_on_every_rank(data, tmp_path):
     worker = Worker(tiny(data), begun(tiny(data), tmp_path / "run"), Alone())
-    assert shared_accuracy(Alone(), worker.learner, worker.val_source, 12).mean > 0
+    assert shared_accuracy(worker.config, Alone(), worker.learner, worker.val_source, 12).mean > 0
     with pytest.raises(InputError, match=r"2 of 12 tasks cannot be evaluated, .*: task 0, 1; mend"):
-        shared_accuracy(Alone(), worker.learner, Spoilt(worker.val_source, {0: 2}), 12)
+        shared_accuracy(worker.config, Alone(), worker.learner, Spoilt(worker.val_source, {0: 2}), 12)
 
 
 def test_it_gives_up_after_so_many_skips_in_a_row_and_tells_how_their_tasks_ended(data, tmp_path):

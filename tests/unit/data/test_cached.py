@@ -1,0 +1,196 @@
+"""Class records through the node's cache: every byte verified, whatever storage, cache and other writers do meanwhile."""
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import pytest
+from helpers.datasets import CLASSES, records, write_blobs
+
+from imaml_dist.data.blocks import blocks_of
+from imaml_dist.data.cache import NodeCache
+from imaml_dist.data.cached import FETCHES, CachedShards
+from imaml_dist.data.index import read_index
+from imaml_dist.errors import DataError, StorageError
+from imaml_dist.storage.folder import Folder
+
+
+@dataclass
+class Counting:
+    """A folder that counts what is read of it, and lets a test change it."""
+
+    inner: Folder
+    url: str = "s3://bucket/blobs"
+    read_bytes: int = 0
+    reads: int = 0
+    spoil: object = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def stat(self, name):
+        return self.inner.stat(name)
+
+    def read(self, name, begin=0, end=None, *, version=None):
+        with self.lock:
+            self.reads += 1
+            number = self.reads
+        content = self.inner.read(name, begin, end, version=version)
+        self.read_bytes += len(content)
+        return self.spoil(number, content) if self.spoil else content
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_blobs(tmp_path / "blobs", shard_bytes=60_000)
+    return tmp_path / "blobs"
+
+
+@pytest.fixture
+def storage(folder):
+    return Counting(Folder(folder))
+
+
+@pytest.fixture
+def opened(storage, folder, tmp_path):
+    made = []
+
+    def open_(budget=10**9, cache="cache"):
+        made.append(CachedShards(storage, read_index(Folder(folder)), NodeCache(tmp_path / cache, budget), 4))
+        return made[-1]
+
+    yield open_
+    for shards in made:
+        shards.close()
+
+
+def classes_of(folder, split="train"):
+    return read_index(Folder(folder)).splits[split]
+
+
+def check_all(shards, folder):
+    for split, count in CLASSES.items():
+        written = {r.key: r.images for r in records(split, count)}
+        entries = classes_of(folder, split)
+        with shards.held(entries) as views:
+            for entry, view in zip(entries, views, strict=True):
+                np.testing.assert_array_equal(np.frombuffer(view, np.uint8).reshape(entry.shape), written[entry.key])
+
+
+def test_blocks_cover_every_record_once(folder):
+    index = read_index(Folder(folder))
+    for size in (1, 20_000, 10**9):
+        blocks = blocks_of(index, size)
+        keys = sorted(record.key for block in blocks for record in block.records)
+        assert keys == sorted(entry.key for classes in index.splits.values() for entry in classes)
+        for block in blocks:
+            ends = [edge for record in block.records for edge in (record.begin, record.end)]
+            assert ends == sorted(ends) and block.end <= index.shards[block.shard].size
+            assert block.records[-1].begin - block.begin < size
+
+
+def test_all_is_read_once_and_then_comes_from_the_cache(opened, storage, folder):
+    shards = opened()
+    shards.check()
+    for _ in range(3):
+        check_all(shards, folder)
+    size = sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert storage.read_bytes <= size
+    before = storage.reads
+    check_all(opened(), folder)  # as another process of the node
+    assert storage.reads == before
+
+
+@pytest.mark.parametrize("budget", [0, 20_000, 100_000])
+def test_a_cache_smaller_than_the_data_set_works(opened, folder, tmp_path, budget):
+    shards = opened(budget)
+    for _ in range(2):
+        check_all(shards, folder)
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("??/*")) <= budget
+
+
+def flipped(content):
+    at = len(content) // 3
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :]
+
+
+def test_what_arrives_damaged_is_fetched_again(opened, storage, folder):
+    storage.spoil = lambda number, content: flipped(content) if number % 3 == 1 else content
+    check_all(opened(), folder)
+
+
+def test_what_always_arrives_damaged_is_named(opened, storage, folder, tmp_path):
+    storage.spoil = lambda number, content: flipped(content)
+    entry = classes_of(folder)[0]
+    with pytest.raises(DataError) as caught, opened().held([entry]):
+        pass
+    block = blocks_of(read_index(Folder(folder)))[0]
+    at = block.begin + (block.end - block.begin) // 3
+    hit = next(record for record in block.records if record.begin <= at < record.end)
+    expected = f"s3://bucket/blobs/train-000000.tar: bytes {hit.begin} to {hit.end}, the images of class {hit.key!r}"
+    assert expected in str(caught.value)
+    assert storage.reads == FETCHES
+    assert not list((tmp_path / "cache").glob("??/*"))
+
+
+def test_what_is_damaged_in_the_cache_is_fetched_again(opened, storage, folder, tmp_path):
+    check_all(opened(), folder)
+    for path in (tmp_path / "cache").glob("??/*"):
+        path.write_bytes(flipped(path.read_bytes()))
+    before = storage.reads
+    check_all(opened(), folder)
+    assert storage.reads == 2 * before
+
+
+def test_a_replaced_shard_with_the_same_content_is_read_on(opened, storage, folder):
+    shards = opened()
+    shards.check()
+    path = folder / "train-000000.tar"
+    path.write_bytes(path.read_bytes())
+    check_all(shards, folder)
+
+
+def test_a_shard_replaced_by_another_is_refused_by_name(opened, storage, folder):
+    shards = opened()
+    shards.check()
+    path = folder / "train-000000.tar"
+    path.write_bytes(flipped(path.read_bytes()))
+    with pytest.raises(DataError, match=r"train-000000\.tar: bytes"):
+        check_all(shards, folder)
+
+
+def test_missing_and_short_shards_are_known_at_once(opened, folder):
+    path = folder / "val-000000.tar"
+    content = path.read_bytes()
+    path.write_bytes(content[:-512])
+    with pytest.raises(DataError, match=rf"val-000000\.tar is {len(content) - 512} bytes.*missing"):
+        opened().check()
+    path.unlink()
+    with pytest.raises(DataError, match=r"val-000000\.tar is missing"):
+        opened().check()
+
+
+def test_storage_that_fails_is_not_taken_for_damage(opened, storage, folder):
+    def fails(number, content):
+        raise StorageError("no route")
+
+    storage.spoil = fails
+    with pytest.raises(StorageError, match="no route"):
+        check_all(opened(), folder)
+    assert storage.reads <= 4  # one for each connection, none again
+
+
+def test_many_threads_read_the_same_bytes(opened, folder):
+    shards, trouble = opened(60_000), []
+
+    def reader():
+        try:
+            for _ in range(5):
+                check_all(shards, folder)
+        except BaseException as error:  # told to the test's own thread
+            trouble.append(error)
+
+    threads = [threading.Thread(target=reader) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not trouble

@@ -1,0 +1,87 @@
+"""Class records in a folder that others write to: what was changed is looked at again, and damage is never used."""
+
+import os
+
+import numpy as np
+import pytest
+from helpers.datasets import records, write_blobs
+
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.errors import ChangedError, DataError
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write_blobs(tmp_path / "blobs")
+    return tmp_path / "blobs"
+
+
+def rewrite(path, content):
+    """In place, as `cp` does."""
+    with open(path, "r+b") as file:
+        file.write(content)
+        file.truncate(len(content))
+    os.utime(path, ns=(1, os.stat(path).st_mtime_ns + 1))
+
+
+def test_damage_is_found_before_the_first_use_and_named(folder):
+    dataset = Dataset(str(folder))
+    entry, path = dataset.classes("train")[3], folder / "train-000000.tar"
+    content = bytearray(path.read_bytes())
+    begin = entry.offset + entry.header
+    content[begin + 100] ^= 1
+    rewrite(path, bytes(content))
+    dataset.images(dataset.classes("train")[2])
+    with pytest.raises(DataError, match=rf"train-000000\.tar: bytes {begin} to {begin + 20 * 784}.*'train/c003'"):
+        dataset.images(entry)
+
+
+def test_a_shard_that_is_damaged_after_its_first_use_is_verified_again(folder):
+    dataset = Dataset(str(folder))
+    entry, path = dataset.classes("train")[3], folder / "train-000000.tar"
+    dataset.images(entry)
+    content = bytearray(path.read_bytes())
+    content[entry.offset + entry.header] ^= 1
+    rewrite(path, bytes(content))
+    with pytest.raises(DataError, match="do not match the index"):
+        dataset.images(entry)
+
+
+def test_a_shard_that_is_touched_or_copied_again_is_read_on(folder):
+    dataset = Dataset(str(folder))
+    entry, path = dataset.classes("train")[3], folder / "train-000000.tar"
+    before = dataset.images(entry)
+    rewrite(path, path.read_bytes())
+    np.testing.assert_array_equal(dataset.images(entry), before)
+
+
+def test_a_shard_cut_after_it_was_opened_is_refused(folder):
+    dataset = Dataset(str(folder))
+    entry, path = dataset.classes("train")[0], folder / "train-000000.tar"
+    dataset.images(entry)
+    rewrite(path, path.read_bytes()[:-1024])
+    with pytest.raises(DataError, match="missing"):
+        dataset.images(entry)
+
+
+def test_what_was_read_while_somebody_wrote_is_not_used(folder):
+    dataset = Dataset(str(folder))
+    entry, path = dataset.classes("train")[0], folder / "train-000000.tar"
+
+    class Writer:
+        """Writes to the shard in the middle of every reading."""
+
+        left = 1
+
+        def __iter__(self):
+            if self.left:
+                self.left -= 1
+                rewrite(path, path.read_bytes())
+            return iter([0, 1])
+
+    expected = next(r.images for r in records("train", 1) if r.key == entry.key)
+    np.testing.assert_array_equal(dataset.gather([(entry, Writer())])[0], expected[:2])
+    always = Writer()
+    always.left = 100
+    with pytest.raises(ChangedError, match="written to while it was read"):
+        dataset.gather([(entry, always)])
