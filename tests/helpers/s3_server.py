@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,18 +30,21 @@ class Server:
     """
 
     def __init__(self, *command: str) -> None:
+        self._said = tempfile.TemporaryFile("w+")  # not a pipe: it would fill up, and the server stand still  # noqa: SIM115
         self.process = subprocess.Popen(
             command,
             env=clean_environment() | environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self._said,
             text=True,
             start_new_session=True,  # Ctrl-C is for the tests, which then end their servers
         )
         self.url = self.process.stdout.readline().strip()
         if not self.url:
-            raise RuntimeError(f"{command} does not start:\n{self.process.communicate()[1]}")
+            self.process.communicate()
+            self._said.seek(0)
+            raise RuntimeError(f"{command} does not start:\n{self._said.read()}")
 
     def kill(self) -> None:
         """End it in the middle of whatever it does."""
