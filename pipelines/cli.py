@@ -11,6 +11,9 @@ from typing import Annotated
 import typer
 
 from imaml_dist.errors import ImamlError, InputError, StorageError
+from imaml_dist.storage.opening import open_storage
+from imaml_dist.storage.options import StorageOptions
+from imaml_dist.storage.protocol import Storage
 from pipelines import console
 
 app = typer.Typer(
@@ -26,9 +29,17 @@ _debug = False
 
 INTERRUPTED = 130
 
-Out = Annotated[str, typer.Option("--out", help="Folder to write: a path or file:// URL.")]
+Out = Annotated[str, typer.Option("--out", help="Where to write: a path, file:// or s3:// URL.")]
+Endpoint = Annotated[str | None, typer.Option(help="URL of an S3-compatible server; AWS_ENDPOINT_URL_S3 if not given.")]
+Size = Annotated[int, typer.Option(help="Pixels of each side, after cutting out the largest centred square.")]
+SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")]
+Anonymous = Annotated[bool, typer.Option("--anonymous", help="Sign no requests, for public buckets.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+def _storage(url: str, endpoint: str | None, anonymous: bool = False) -> Storage:
+    return open_storage(url, StorageOptions(endpoint=endpoint, anonymous=anonymous))
 
 
 @app.callback()
@@ -60,12 +71,16 @@ def _exit_codes() -> Iterator[None]:
 
 
 @prepare_app.command("glyphs")
-def prepare_glyphs(out: Out = "data/glyphs", seed: Annotated[int, typer.Option(help="Of the rendering.")] = 0) -> None:
+def prepare_glyphs(
+    out: Out = "data/glyphs",
+    seed: Annotated[int, typer.Option(help="Of the rendering.")] = 0,
+    endpoint: Endpoint = None,
+) -> None:
     """Render the embedded data set: glyphs of the fonts shipped with matplotlib, unseen scripts for testing."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_glyphs(out, seed)
+        prepare.prepare_glyphs(_storage(out, endpoint), seed)
 
 
 @prepare_app.command("omniglot")
@@ -78,12 +93,66 @@ def prepare_omniglot(
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split into train, val and test.")] = 0,
+    endpoint: Endpoint = None,
 ) -> None:
     """Omniglot: 1,623 characters at 28x28; 1,100 train (with rotations), 100 val, 423 test."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_omniglot(out, source, seed)
+        prepare.prepare_omniglot(_storage(out, endpoint), source, seed)
+
+
+@prepare_app.command("mini-imagenet")
+def prepare_mini_imagenet(
+    source: Annotated[
+        str,
+        typer.Option(help="Folder with train.csv, val.csv, test.csv and the images: in images/, or a folder a label."),
+    ],
+    out: Out = "data/mini-imagenet",
+    size: Size = 84,
+    skip_bad: SkipBad = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """mini-ImageNet from your own copy, by the split of Ravi and Larochelle: 64 train, 16 val, 20 test classes."""
+    with _exit_codes():
+        from pipelines import prepare
+
+        prepare.prepare_mini_imagenet(_storage(out, endpoint), source, size, skip_bad)
+
+
+@prepare_app.command("folder")
+def prepare_folder(
+    source: Annotated[
+        str,
+        typer.Option(help="Folder with a folder of images for each class, or with such folders in train, val, test."),
+    ],
+    out: Out,
+    name: Annotated[str, typer.Option(help="Of the data set.")] = "images",
+    size: Size = 84,
+    grey: Annotated[bool, typer.Option("--grey", help="One channel instead of three.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the split of classes, where the folder has none.")] = 0,
+    parts: Annotated[
+        tuple[int, int, int], typer.Option(help="Train, val and test classes in proportion, where the folder has none.")
+    ] = (64, 16, 20),
+    skip_bad: SkipBad = False,
+    endpoint: Endpoint = None,
+) -> None:
+    """Any PNG and JPEG images, a folder for each class."""
+    with _exit_codes():
+        from pipelines import prepare
+
+        prepare.prepare_folder(_storage(out, endpoint), source, name, (size, grey), seed, parts, skip_bad)
+
+
+@prepare_app.command("shards")
+def prepare_shards(
+    out: Out, name: Annotated[str, typer.Option(help="Of the data set.")] = "shards", endpoint: Endpoint = None
+) -> None:
+    """Index shards that you wrote with webdataset (train-000000.tar, ...), where they are."""
+    with _exit_codes():
+        from pipelines import prepare
+
+        prepare.prepare_shards(_storage(out, endpoint), name)
 
 
 @app.command()
@@ -112,8 +181,9 @@ def train(
 @app.command()
 def evaluate(
     run: Run,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    tasks: Annotated[int, typer.Option(help="Number of tasks.")] = 600,
+    split: Annotated[str | None, typer.Option(help="train, val or test; test if not given.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="Number of tasks; 600 if not given.")] = None,
+    manifest: Annotated[str | None, typer.Option(help="Frozen tasks to evaluate on, in place of these two.")] = None,
     json_file: Json = None,
 ) -> None:
     """Meta-test the best checkpoint of a run: mean and 95% interval."""
@@ -121,9 +191,24 @@ def evaluate(
         from imaml_dist.tracking.metrics_file import finite
         from pipelines.evaluate import evaluate_run
 
-        result = evaluate_run(run, split, tasks)
+        result = evaluate_run(run, split, tasks, manifest)
         if json_file is not None:
             json_file.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command("freeze-tasks")
+def freeze_tasks(
+    config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
+    out: Annotated[str, typer.Option("--out", help="Manifest to write: a path, file:// or s3:// URL.")],
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    tasks: Annotated[int, typer.Option(help="Number of tasks.")] = 600,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
+) -> None:
+    """Write the tasks of an evaluation down, so that others can evaluate on exactly these."""
+    with _exit_codes():
+        from pipelines.freeze_tasks import freeze_tasks as freeze
+
+        freeze(config, set_ or [], out, split, tasks)
 
 
 @app.command()
@@ -136,12 +221,18 @@ def report(run: Run) -> None:
 
 
 @app.command()
-def verify(url: Annotated[str, typer.Argument(help="Folder of a prepared data set.", show_default=False)]) -> None:
-    """Check every shard and record of a data set against its index."""
+def verify(
+    url: Annotated[
+        str, typer.Argument(help="Of a prepared data set: a path, file:// or s3:// URL.", show_default=False)
+    ],
+    endpoint: Endpoint = None,
+    anonymous: Anonymous = False,
+) -> None:
+    """Check every byte of a data set against its index, and name what does not match."""
     with _exit_codes():
         from pipelines.verify import verify as run_verification
 
-        run_verification(url)
+        run_verification(_storage(url, endpoint, anonymous))
 
 
 @app.command("mlflow-sync")

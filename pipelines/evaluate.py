@@ -9,8 +9,16 @@ from typing import Any
 
 import torch
 
-from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, prepare_process
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.data.frozen import FrozenTasks, Manifest, read_manifest
+from imaml_dist.distributed.build import (
+    dtype_of,
+    make_learner,
+    make_source,
+    open_dataset,
+    prepare_process,
+    storage_options,
+)
 from imaml_dist.errors import ConfigError
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
@@ -18,18 +26,37 @@ from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console, kernels
 
+TASKS = 600
+"""The field's custom."""
 
-def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
-    """Mean accuracy, 95% interval and accuracy per task of the best checkpoint, transductive and inductive.
+
+def check_choice(split: str, tasks: int) -> None:
+    """Refuse options that choose nothing.
 
     Raises:
-        InputError: no such run, split or checkpoint.
+        ConfigError: no such split, or no task.
     """
-    sys.path.insert(0, os.getcwd())
     if split not in ("train", "val", "test") or tasks < 1:
         raise ConfigError(
             f"--split {split} --tasks {tasks}: the split is one of train, val, test, and tasks is at least 1"
         )
+
+
+def evaluate_run(
+    path: Path, split: str | None = None, tasks: int | None = None, manifest: str | None = None
+) -> dict[str, Any]:
+    """Mean accuracy, 95% interval and accuracy per task of the best checkpoint, transductive and inductive.
+
+    Args:
+        path: run directory.
+        split: train, val or test; None is that of the manifest, or test.
+        tasks: how many; None is all of the manifest, or 600.
+        manifest: file or URL of the frozen tasks to evaluate on.
+
+    Raises:
+        InputError: no such run, split or checkpoint, or a manifest that cannot be used with it.
+    """
+    sys.path.insert(0, os.getcwd())
     run = RunDirectory(path)
     config = run.config()
     if config.run.device == "cuda" and not torch.cuda.is_available():
@@ -37,7 +64,14 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
     if config.run.execution == "native" and not kernels.usable():
         config = config.model_copy(update={"run": config.run.model_copy(update={"execution": "vmap"})})
     prepare_process(config)
-    source = make_source(config, Dataset(config.data.url), split)
+    frozen = None if manifest is None else _fitting(config, manifest, split, tasks)
+    if frozen is None:
+        split, tasks = split or "test", TASKS if tasks is None else tasks
+        check_choice(split, tasks)
+        source = make_source(config, open_dataset(config), split, training=False)
+    else:
+        split, tasks = frozen.split, len(frozen.tasks)
+        source = FrozenTasks(open_dataset(config), frozen, dtype_of(config))
     learner = make_learner(config, source.image_shape)
     step = run.best_checkpoint()
     tensors, _ = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
@@ -51,7 +85,7 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
         config.name,
         {
             "split": split,
-            "tasks": str(tasks),
+            "tasks": str(tasks) + ("" if frozen is None else f", sha256 {frozen.sha256[:12]}"),
             "accuracy": console.percent(result.mean, result.ci95),
             "accuracy, inductive": console.percent(alone["mean"], alone["ci95"]),
             "checkpoint of step": str(step),
@@ -61,6 +95,7 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
     return {
         "split": split,
         "tasks": tasks,
+        "manifest_sha256": None if frozen is None else frozen.sha256,
         "step": step,
         "accuracy": result.mean,
         "ci95": result.ci95,
@@ -69,3 +104,21 @@ def evaluate_run(path: Path, split: str, tasks: int) -> dict[str, Any]:
         "ci95_inductive": alone["ci95"],
         "per_task_inductive": alone["per_task"],
     }
+
+
+def _fitting(config: ExperimentConfig, url: str, split: str | None, tasks: int | None) -> Manifest:
+    """The manifest, if it is what the other options say and the run can be evaluated on it."""
+    manifest = read_manifest(url, storage_options(config))
+    whole = manifest.split, len(manifest.tasks)
+    asked = split or manifest.split, len(manifest.tasks) if tasks is None else tasks
+    if asked != whole:
+        raise ConfigError(
+            f"--split {asked[0]} --tasks {asked[1]}: the manifest has {whole[1]} tasks of the {whole[0]} split and is used as a "
+            "whole; leave the two options out"
+        )
+    if manifest.way != config.data.way:
+        raise ConfigError(
+            f"--manifest: its tasks have {manifest.way} classes, the run's model tells {config.data.way} apart; give a manifest "
+            f"of {config.data.way}-way tasks"
+        )
+    return manifest

@@ -3,84 +3,150 @@
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from imaml_dist.data.dataset import Dataset
-from imaml_dist.data.index import FILE_NAME
-from imaml_dist.data.prepare import glyphs, omniglot
-from imaml_dist.data.records import ClassRecord
-from imaml_dist.data.shards import write_dataset
-from imaml_dist.errors import DataError
+from imaml_dist.data.cache import default_folder
+from imaml_dist.data.index import Index, read_index
+from imaml_dist.data.prepare import folder, glyphs, mini_imagenet, omniglot, own_shards
+from imaml_dist.data.prepare.decode import Form
+from imaml_dist.data.records import AnyRecord
+from imaml_dist.data.shards import SKIPPED_NAME, write_dataset
+from imaml_dist.errors import ConfigError, DataError, MissingError
+from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.local import local_path
+from imaml_dist.storage.protocol import Storage
 from pipelines import console
 
-Splits = Mapping[str, Sequence[ClassRecord]]
+Splits = Mapping[str, Sequence[AnyRecord]]
 
 
-def prepare_glyphs(url: str, seed: int) -> None:
+def prepare_glyphs(storage: Storage, seed: int) -> None:
     """Render the embedded data set from the fonts inside matplotlib."""
-    folder = local_path(url)
     wanted = {
         "kind": "glyphs",
         "seed": seed,
         "matplotlib": importlib.metadata.version("matplotlib"),
         "pillow": importlib.metadata.version("pillow"),
     }
-    if _is_done(folder, wanted):
+    if _is_done(storage, wanted):
         return
     with console.progress("rendering glyphs") as show:
         splits = glyphs.glyph_splits(seed=seed, progress=lambda done, total: show(done, total, ""))
-    _write(folder, glyphs.GLYPH_NAME, splits, wanted)
+    _write(storage, glyphs.GLYPH_NAME, splits, wanted)
 
 
-def prepare_omniglot(url: str, source: str | None, seed: int) -> None:
+def prepare_omniglot(storage: Storage, source: str | None, seed: int) -> None:
     """Read Omniglot from the official archives, downloading them first if no source is given."""
-    folder = local_path(url)
     wanted = {"kind": "omniglot", "seed": seed, "pillow": importlib.metadata.version("pillow")}
-    if _is_done(folder, wanted, ignore=("sha256",)):
+    if _is_done(storage, wanted, ignore=("sha256",)):
         return
     if source is None or source.startswith(("http://", "https://")):
+        downloads = storage.path / "download" if isinstance(storage, Folder) else default_folder() / "omniglot"
         with console.progress("downloading Omniglot") as show:
             source = str(
-                omniglot.fetch(
-                    source or omniglot.OFFICIAL_URL, folder / "download", lambda what, a, b: show(a, b, what)
-                )
+                omniglot.fetch(source or omniglot.OFFICIAL_URL, downloads, lambda what, a, b: show(a, b, what))
             )
     with console.progress("reading Omniglot") as show:
         splits, digests = omniglot.omniglot_splits(source, seed, lambda what, done, total: show(done, total, ""))
-    _write(folder, omniglot.NAME, splits, {**wanted, "sha256": digests}, rotations=omniglot.ROTATIONS)
+    _write(storage, omniglot.NAME, splits, {**wanted, "sha256": digests}, rotations=omniglot.ROTATIONS)
 
 
-def _is_done(folder: Path, wanted: Mapping[str, Any], ignore: Sequence[str] = ()) -> bool:
-    """Whether the folder already holds exactly this data set, whole; another one is never overwritten."""
-    if not (folder / FILE_NAME).is_file():
-        return False
+def prepare_mini_imagenet(storage: Storage, source: str, size: int, skip_bad: bool) -> None:
+    """Bring mini-ImageNet into shards, from the user's own copy of its images and the split's CSV files."""
+    form = _form(size, grey=False)
+    splits, digest = mini_imagenet.mini_imagenet_splits(local_path(source), form, skip_bad=skip_bad)
+    wanted = {"kind": mini_imagenet.NAME, "size": size, "skip_bad": skip_bad, "sha256": digest, **_decoder()}
+    if not _is_done(storage, wanted):
+        _write(storage, mini_imagenet.NAME, splits, wanted)
+
+
+def prepare_folder(
+    storage: Storage, source: str, name: str, form: tuple[int, bool], seed: int, parts: Sequence[int], skip_bad: bool
+) -> None:
+    """Bring a folder of images into shards."""
+    size, grey = form
+    splits, digest = folder.folder_splits(
+        local_path(source), _form(size, grey), seed=seed, parts=parts, skip_bad=skip_bad
+    )
+    facts = {"name": name, "size": size, "grey": grey, "seed": seed, "parts": list(parts), "skip_bad": skip_bad}
+    wanted = {"kind": "folder", **facts, "sha256": digest, **_decoder()}
+    if not _is_done(storage, wanted):
+        _write(storage, name, splits, wanted)
+
+
+def prepare_shards(storage: Storage, name: str) -> None:
+    """Give shards that the user wrote an index."""
+    with console.progress("reading shards") as show:
+        index, there = own_shards.index_shards(storage, name, lambda done, total: show(done, total, ""))
+    already = "is already prepared: " if there else ""
+    console.out.print(f"{storage.url}: {already}{_described(index)}", soft_wrap=True)
+
+
+def _form(size: int, grey: bool) -> Form:
+    if not 1 <= size <= 1024:
+        raise ConfigError(f"--size: {size} given, images have 1 to 1024 pixels a side")
+    return Form(size, grey)
+
+
+def _decoder() -> dict[str, str]:
+    return {"pillow": importlib.metadata.version("pillow")}
+
+
+def _is_done(storage: Storage, wanted: Mapping[str, Any], ignore: Sequence[str] = ()) -> bool:
+    """Whether exactly this data set is already there, with all of its shards; another one is never overwritten."""
     try:
-        dataset = Dataset(str(folder))
+        index = read_index(storage)
+        short = [s.name for s in index.shards if storage.stat(s.name).size != s.size]
+        trouble = f"{storage.url}: shard {short[0]} has another size than the index says" if short else ""
     except DataError as error:
+        if isinstance(error.__cause__, MissingError):
+            return False
         console.err.print(f"preparing again: {error}", soft_wrap=True)
         return False
-    found = {key: value for key, value in dataset.index.provenance.items() if key not in ignore}
-    if found.get("kind") != wanted["kind"]:
-        raise DataError(f"{folder} already holds the data set {dataset.index.name!r}; choose another --out")
-    if found != dict(wanted):
-        console.err.print(f"{folder} was made with {found}, preparing again with {dict(wanted)}", soft_wrap=True)
+    except MissingError as error:
+        trouble = str(error)
+    if trouble:
+        console.err.print(f"preparing again: {trouble}", soft_wrap=True)
         return False
-    console.out.print(f"{folder} is already prepared: {_described(dataset)}", soft_wrap=True)
+    found = {key: value for key, value in index.provenance.items() if key not in ignore}
+    if found.get("kind") != wanted["kind"]:
+        raise DataError(f"{storage.url} already holds the data set {index.name!r}; choose another --out")
+    if found != dict(wanted):
+        console.err.print(f"{storage.url} was made with {found}, preparing again with {dict(wanted)}", soft_wrap=True)
+        return False
+    console.out.print(f"{storage.url} is already prepared: {_described(index)}", soft_wrap=True)
     return True
 
 
 def _write(
-    folder: Path, name: str, splits: Splits, provenance: Mapping[str, Any], rotations: Mapping[str, int] | None = None
+    storage: Storage,
+    name: str,
+    splits: Splits,
+    provenance: Mapping[str, Any],
+    rotations: Mapping[str, int] | None = None,
 ) -> None:
-    with console.progress("writing shards") as show:
-        counted: Callable[[int, int], None] = lambda done, total: show(done, total, "")  # noqa: E731
-        write_dataset(folder, name, splits, provenance, rotations=rotations, progress=counted)
-    console.out.print(f"{folder}: {_described(Dataset(str(folder)))}", soft_wrap=True)
+    with console.progress("writing classes") as show:
+        index = write_dataset(
+            storage,
+            name,
+            splits,
+            provenance,
+            rotations=rotations,
+            progress=lambda done, total: show(done, total, ""),
+        )
+    try:
+        skipped = storage.read(SKIPPED_NAME).decode().splitlines()
+    except MissingError:
+        skipped = []
+    for line in skipped:
+        console.err.print(f"skipped: {line}", soft_wrap=True)
+    if skipped:
+        where = f"{storage.url}/{SKIPPED_NAME}"
+        console.err.print(f"{len(skipped)} images were skipped; they are listed in {where}", soft_wrap=True)
+    console.out.print(f"{storage.url}: {_described(index)}", soft_wrap=True)
 
 
-def _described(dataset: Dataset) -> str:
-    counts = ", ".join(f"{len(classes)} {split} classes" for split, classes in dataset.index.splits.items())
-    return f"{dataset.index.name} with {counts}, fingerprint {dataset.index.fingerprint[:12]}"
+def _described(index: Index) -> str:
+    counts = ", ".join(f"{len(classes)} {split} classes" for split, classes in index.splits.items())
+    return f"{index.name} with {counts}, fingerprint {index.fingerprint[:12]}"

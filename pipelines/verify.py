@@ -1,33 +1,30 @@
-"""`imaml verify`: check every shard and every class record of a data set."""
+"""`imaml verify`: check every byte of a data set against its index."""
 
 from __future__ import annotations
 
-import zlib
-
-import numpy as np
-
-from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.index import read_index
+from imaml_dist.data.verify import mismatches
 from imaml_dist.errors import DataError
+from imaml_dist.storage.protocol import Storage
 from pipelines import console
 
 
-def verify(url: str) -> None:
-    """Verify sizes and sha256 of all shards, and the CRC32 of all class records.
+def verify(storage: Storage) -> None:
+    """Print all that does not match, as it is found.
 
     Raises:
-        DataError: something does not match; the message names it.
+        DataError: something does not match.
     """
-    dataset = Dataset(url)  # verifies the shards
-    records = [entry for classes in dataset.index.splits.values() for entry in classes]
-    with console.progress("checking class records") as show:
-        for done, entry in enumerate(records, start=1):
-            pixels = np.rot90(dataset.images(entry), -entry.rot, axes=(1, 2)).tobytes()
-            if zlib.crc32(pixels) != entry.crc32:
-                shard = dataset.index.shards[entry.shard].name
-                begin = entry.offset + entry.header
-                raise DataError(
-                    f"class {entry.key!r} in shard {shard}, bytes {begin} to {begin + len(pixels)}, does not match its checksum; "
-                    "prepare the data set again"
-                )
-            show(done, len(records), "")
-    console.out.print(f"{url}: {len(dataset.index.shards)} shards and {len(records)} class records verify")
+    index = read_index(storage)
+    found = 0
+    with console.progress("checking shards") as show:
+        for mismatch in mismatches(storage, index, lambda done, total: show(done, total, "")):
+            found += 1
+            console.err.print(str(mismatch), soft_wrap=True)
+    if found:
+        raise DataError(
+            f"{storage.url}: {found} stretches of bytes do not match {index.name}'s index; copy their shards again, or prepare the "
+            "data set again"
+        )
+    classes = sum(map(len, index.splits.values()))
+    console.out.print(f"{storage.url}: {len(index.shards)} shards with {classes} classes verify", soft_wrap=True)

@@ -11,6 +11,22 @@ from imaml_dist.config.presets import fill_preset
 from imaml_dist.config.section import Section
 
 
+class AugmentConfig(Section):
+    """What happens to training images, support and query alike; nothing by default. See `data.augment.Augmentation`."""
+
+    flip: bool = False
+    """Left to right, one image in two."""
+    vertical_flip: bool = False
+    quarter_turns: bool = False
+    """0 to 3 of them; square images only."""
+    crop: int = Field(0, ge=0, le=1 << 16)
+    """Largest shift in pixels each way, less than a side; zeros move in."""
+    rotate: float = Field(0.0, ge=0, le=180)
+    """Largest angle in degrees each way."""
+    colour: float = Field(0.0, ge=0, le=1)
+    """Largest change of brightness, contrast and saturation, as a share."""
+
+
 class DataConfig(Section):
     """Which episodes."""
 
@@ -22,6 +38,18 @@ class DataConfig(Section):
     """K, support images per class."""
     query: int = Field(5, ge=1)
     """Q, query images per class in training and validation."""
+    pool: int | None = Field(None, ge=2)
+    """P >= N, training classes that episodes are drawn from for `pool_steps` meta-steps, then others; null is all."""
+    pool_steps: int = Field(100, ge=1)
+    augment: AugmentConfig = AugmentConfig()
+
+    @model_validator(mode="after")
+    def _pool_holds_an_episode(self) -> DataConfig:
+        if self.pool is not None and self.pool < self.way:
+            raise ValueError(
+                f"data.pool: {self.pool} given, must be at least data.way = {self.way}, or null for all classes"
+            )
+        return self
 
 
 class StorageConfig(Section):

@@ -40,9 +40,7 @@ class Block:
 
 def record_of(entry: ClassEntry) -> Record:
     """Where the pixels of a class lie; classes derived by rotation share them."""
-    begin = entry.offset + entry.header
-    count, height, width, channels = entry.shape
-    return Record(entry.key, begin, begin + count * height * width * channels, entry.crc32)
+    return Record(entry.key, *entry.pixels, entry.crc32)
 
 
 def blocks_of(index: Index, block_bytes: int = BLOCK_BYTES) -> list[Block]:

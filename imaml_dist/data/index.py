@@ -1,21 +1,26 @@
 """`index.json`: what is in a data set, where every byte of it lies, and how to recognise it.
 
     {format, version, name, provenance, image: [H, W, C],
-     shards: [{name, size, sha256}],
+     shards: [{name, size, sha256, gaps}],
      splits: {train: [{key, shard, offset, header, shape, crc32, rot?}], val: [...], test: [...]},
      fingerprint}
 
 Classes are listed in bytewise order of their keys; the rank in that list is the canonical class id. `offset` is the
 byte at which the class's `images.npy` member begins inside the shard and `header` the length of its npy header, so
-pixel bytes are read in place. The fingerprint is the sha256 of everything else in canonical JSON: relative names and
-digests only, so copies on different storage agree.
+pixel bytes are read in place. `gaps` has the CRC32 of every stretch of a shard that is not pixels: before the first class,
+between two, and behind the last one; so whatever is damaged can be named by its bytes, without trusting the tar. The
+fingerprint is the sha256 of everything else in canonical JSON: relative names and digests only, so copies on different
+storage agree.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
+import math
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,20 +28,23 @@ from imaml_dist.errors import DataError, MissingError
 from imaml_dist.storage.protocol import Storage
 
 FORMAT = "imaml-class-records"
-VERSION = 1
+VERSION = 2
 FILE_NAME = "index.json"
 MAX_BYTES = 32 << 20
+MAX_HEADER = 4096
+"""Bytes of an npy header; real ones have 128."""
 SPLITS = ("train", "val", "test")
 _SHARD_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,127}\Z")
 
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """A tar file: name relative to the index, size in bytes, sha256 in hex."""
+    """A tar file: name relative to the index, size in bytes, sha256 in hex, CRC32 of what lies between its classes' pixels."""
 
     name: str
     size: int
     sha256: str
+    gaps: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,12 @@ class ClassEntry:
     crc32: int
     rot: int = 0
 
+    @property
+    def pixels(self) -> tuple[int, int]:
+        """Bytes [begin, end) of the pixels within the shard."""
+        begin = self.offset + self.header
+        return begin, begin + math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Index:
@@ -80,7 +94,7 @@ class Index:
     @property
     def fingerprint(self) -> str:
         """sha256 in hex of the canonical JSON of everything."""
-        return hashlib.sha256(_canonical(self._as_dict())).hexdigest()
+        return hashlib.sha256(canonical(self._as_dict())).hexdigest()
 
     def to_json(self) -> str:
         """The text of `index.json`."""
@@ -97,12 +111,16 @@ class Index:
             raw = json.loads(text)
             if raw["format"] != FORMAT or raw["version"] != VERSION:
                 raise DataError(
-                    f"{where}: format {raw['format']!r} version {raw['version']!r} is not {FORMAT!r} version {VERSION}"
+                    f"{where}: format {raw['format']!r} version {raw['version']!r} is not {FORMAT!r} version {VERSION}; "
+                    "prepare the data set again"
                 )
             index = Index(
                 name=str(raw["name"]),
                 provenance=dict(raw["provenance"]),
-                shards=tuple(ShardEntry(str(s["name"]), int(s["size"]), str(s["sha256"])) for s in raw["shards"]),
+                shards=tuple(
+                    ShardEntry(str(s["name"]), int(s["size"]), str(s["sha256"]), tuple(int(gap) for gap in s["gaps"]))
+                    for s in raw["shards"]
+                ),
                 splits={
                     str(split): tuple(_class_entry(c) for c in classes) for split, classes in raw["splits"].items()
                 },
@@ -151,6 +169,15 @@ def read_index(storage: Storage) -> Index:
         ) from error
 
 
+def pixel_ranges(index: Index) -> list[list[tuple[int, int]]]:
+    """Per shard, the bytes [begin, end) of its classes' pixels in their order; classes that share them count once."""
+    ranges: list[set[tuple[int, int]]] = [set() for _ in index.shards]
+    for classes in index.splits.values():
+        for entry in classes:
+            ranges[entry.shard].add(entry.pixels)
+    return [sorted(of_shard) for of_shard in ranges]
+
+
 def _class_entry(raw: dict[str, Any]) -> ClassEntry:
     n, height, width, channels = (int(v) for v in raw["shape"])
     return ClassEntry(
@@ -184,10 +211,18 @@ def _check(index: Index, where: str) -> None:
                 raise DataError(
                     f"{where}: class {entry.key!r} has images of {entry.shape[1:]} turned {entry.rot} times, others {shape}"
                 )
-            end = entry.offset + entry.header + entry.shape[0] * entry.shape[1] * entry.shape[2] * entry.shape[3]
-            if end > index.shards[entry.shard].size:
-                raise DataError(f"{where}: class {entry.key!r} ends at byte {end}, behind the end of its shard")
+            if not 0 < entry.header <= MAX_HEADER or entry.pixels[1] > index.shards[entry.shard].size:
+                raise DataError(
+                    f"{where}: class {entry.key!r} has a header of {entry.header} bytes and ends at byte {entry.pixels[1]}: "
+                    "not an npy header, or behind the end of its shard"
+                )
+    for shard, ranges in zip(index.shards, pixel_ranges(index), strict=True):
+        if any(before[1] > after[0] for before, after in itertools.pairwise(ranges)):
+            raise DataError(f"{where}: classes of shard {shard.name} overlap")
+        if len(shard.gaps) != len(ranges) + 1:
+            raise DataError(f"{where}: shard {shard.name} has {len(ranges)} classes and {len(shard.gaps)} gaps")
 
 
-def _canonical(value: dict[str, Any]) -> bytes:
+def canonical(value: Mapping[str, Any]) -> bytes:
+    """JSON that is the same for equal values."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()

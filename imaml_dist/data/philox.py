@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import threading
 from enum import IntEnum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,7 +51,7 @@ def raw_words(
 ) -> NDArray[np.uint64]:
     """`count` words of a stream from word `4 * block` on; see `Stream` for the other arguments."""
     philox = _generator.philox
-    philox.state = {
+    state: Any = {  # of plain integers, which are faster to make than arrays
         "bit_generator": "Philox",
         "state": {"counter": (block, ordinal, step, task), "key": (seed, domain)},
         "buffer": (0, 0, 0, 0),
@@ -58,6 +59,7 @@ def raw_words(
         "has_uint32": 0,
         "uinteger": 0,
     }
+    philox.state = state
     return philox.random_raw(count)
 
 

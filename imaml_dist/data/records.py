@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,9 +21,38 @@ class ClassRecord:
         images: uint8 `[n, H, W, C]`; ink on background: 255 is full ink, 0 is empty.
         name: for people.
         sources: where each image came from, n strings (archive member, font name), for audits.
+        skipped: images that could not be read and were left out, a sentence each.
     """
 
     key: str
     images: Images
     name: str = ""
-    sources: tuple[str, ...] = field(default=())
+    sources: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the images."""
+        return self.images.shape
+
+    def load(self) -> ClassRecord:
+        """Itself; see `LazyRecord`."""
+        return self
+
+
+@dataclass(frozen=True)
+class LazyRecord:
+    """One class whose images are made when they are written.
+
+    Attributes:
+        key: see `ClassRecord`.
+        shape: of the images, `(n, H, W, C)`; the record may turn out to have fewer than n.
+        load: makes the record.
+    """
+
+    key: str
+    shape: tuple[int, ...]
+    load: Callable[[], ClassRecord]
+
+
+AnyRecord = ClassRecord | LazyRecord

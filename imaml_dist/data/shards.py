@@ -1,4 +1,4 @@
-"""Writing a data set: class records -> byte-reproducible WebDataset shards and their index.
+"""Writing a data set: class records -> byte-reproducible WebDataset shards and their index, in any storage.
 
 A sample of a shard is one class: `<key>.images.npy` (uint8 `[n, H, W, C]`) and `<key>.json` (name, sources). Plain
 webdataset reads it. Nothing in a shard depends on time, user or order of preparation.
@@ -8,41 +8,62 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
-import os
+import math
 import re
 import tarfile
+import tempfile
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from imaml_dist.data.index import FILE_NAME, ClassEntry, Index, ShardEntry
-from imaml_dist.data.records import ClassRecord
-from imaml_dist.storage.local import atomic_write
+from imaml_dist.data.index import FILE_NAME, ClassEntry, Index, ShardEntry, canonical
+from imaml_dist.data.records import AnyRecord, ClassRecord
+from imaml_dist.errors import ChangedError, DataError, MissingError
+from imaml_dist.storage.folder import Folder
+from imaml_dist.storage.protocol import ABSENT, Storage
 
 SHARD_BYTES = 64 << 20
 """A shard is closed when its classes reach this size."""
 
+SKIPPED_NAME = "skipped.txt"
+"""Lists images that were left out because they could not be read, a line each; absent where there are none."""
+
 _KEY = re.compile(r"[A-Za-z0-9_\-@/]+\Z")
+_SHARD = re.compile(r"(?:train|val|test)-\d{6}\.tar\Z")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """One shard to be written."""
+
+    name: str
+    split: str
+    records: tuple[AnyRecord, ...]
 
 
 def write_dataset(
-    folder: Path,
+    place: Storage | Path,
     name: str,
-    splits: Mapping[str, Sequence[ClassRecord]],
+    splits: Mapping[str, Sequence[AnyRecord]],
     provenance: Mapping[str, Any],
     *,
     rotations: Mapping[str, int] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
 ) -> Index:
-    """Write shards, then `index.json` last, so that a folder with an index is complete.
+    """Write shards, then `index.json` last, so that what has an index is complete.
+
+    Records are loaded when their turn comes, so no more than one class is held in memory. A preparation that was interrupted
+    goes on with the first shard that is missing, if it is asked for the same. What an earlier preparation left is replaced.
 
     Args:
-        folder: created if missing.
+        place: storage, or a folder; made if missing.
         name: of the data set.
         splits: class records by split.
         provenance: facts about the source (digests, seeds); part of the fingerprint, JSON only.
@@ -55,75 +76,119 @@ def write_dataset(
 
     Raises:
         ValueError: an image array of another type or shape, or a key with other characters than allowed.
+        DataError: another preparation has published its index here meanwhile.
+        StorageError: storage fails.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    total, done = sum(len(records) for records in splits.values()), 0
+    storage: Storage = Folder(place) if isinstance(place, Path) else place
+    plans = list(_plans(splits, shard_bytes))
+    asked = hashlib.sha256(
+        canonical(
+            {
+                "name": name,
+                "provenance": dict(provenance),
+                "shards": [[plan.name, [[r.key, list(r.shape)] for r in plan.records]] for plan in plans],
+            }
+        )
+    ).hexdigest()
+    storage.remove(FILE_NAME)
+    total, done = sum(len(plan.records) for plan in plans), 0
     shards: list[ShardEntry] = []
-    entries: dict[str, list[ClassEntry]] = {}
-    for split, records in splits.items():
-        turns = (rotations or {}).get(split, 1)
-        entries[split] = []
-        for group in _groups(sorted(records, key=lambda r: r.key.encode()), shard_bytes):
-            file_name = f"{split}-{len([s for s in shards if s.name.startswith(split + '-')]):06d}.tar"
-            places = _write_shard(folder / file_name, group)
-            shards.append(_shard_entry(folder / file_name))
-            for record, (offset, header) in zip(group, places, strict=True):
-                count, height, width, channels = record.images.shape
-                for rot in range(turns):
-                    entries[split].append(
-                        ClassEntry(
-                            key=record.key if rot == 0 else f"{record.key}@rot{90 * rot:03d}",
-                            shard=len(shards) - 1,
-                            offset=offset,
-                            header=header,
-                            shape=(count, height, width, channels),
-                            crc32=zlib.crc32(record.images.tobytes()),
-                            rot=rot,
-                        )
-                    )
+    skipped: list[str] = []
+    entries: dict[str, list[ClassEntry]] = {split: [] for split in splits}
+    for plan in plans:
+        finished = _finished(storage, plan, asked)
+        if finished is None:
+
+            def one_more(before: int = done) -> None:
+                nonlocal done
                 done += 1
                 if progress is not None:
                     progress(done, total)
+
+            finished = _write_shard(storage, plan, asked, one_more)
+        else:
+            done += len(plan.records)
+        shard, classes = finished
+        shards.append(shard)
+        for entry in classes:
+            skipped += entry.pop("skipped")
+            for rot in range((rotations or {}).get(plan.split, 1)):
+                key = entry["key"] if rot == 0 else f"{entry['key']}@rot{90 * rot:03d}"
+                entries[plan.split].append(
+                    ClassEntry(
+                        **entry | {"key": key, "shape": tuple(entry["shape"]), "shard": len(shards) - 1, "rot": rot}
+                    )
+                )
     index = Index(
         name=name,
         provenance=dict(provenance),
         shards=tuple(shards),
         splits={split: tuple(sorted(classes, key=lambda c: c.key.encode())) for split, classes in entries.items()},
     )
-    atomic_write(folder / FILE_NAME, index.to_json().encode())
+    if skipped:
+        storage.write(SKIPPED_NAME, "".join(f"{line}\n" for line in skipped).encode())
+    else:
+        storage.remove(SKIPPED_NAME)
+    publish(storage, index)
     return index
 
 
-def _groups(records: Sequence[ClassRecord], shard_bytes: int) -> list[list[ClassRecord]]:
-    groups: list[list[ClassRecord]] = []
-    size = shard_bytes
-    for record in records:
-        if size >= shard_bytes:
-            groups.append([])
-            size = 0
-        groups[-1].append(record)
-        size += record.images.nbytes
-    return groups
+def _plans(splits: Mapping[str, Sequence[AnyRecord]], shard_bytes: int) -> Iterator[_Plan]:
+    for split, records in splits.items():
+        groups: list[list[AnyRecord]] = []
+        size = shard_bytes
+        for record in sorted(records, key=lambda r: r.key.encode()):
+            if size >= shard_bytes:
+                groups.append([])
+                size = 0
+            groups[-1].append(record)
+            size += math.prod(record.shape)
+        for number, group in enumerate(groups):
+            yield _Plan(f"{split}-{number:06d}.tar", split, tuple(group))
 
 
-def _write_shard(path: Path, records: Sequence[ClassRecord]) -> list[tuple[int, int]]:
-    """Write one tar atomically; returns (member offset, npy header length) per record."""
+def _note(shard: str) -> str:
+    """Where an unfinished data set keeps what the index will say of a finished shard."""
+    return f".{shard}.json"
+
+
+def _finished(storage: Storage, plan: _Plan, asked: str) -> tuple[ShardEntry, list[dict[str, Any]]] | None:
+    """What an interrupted preparation of the same noted of a shard, if the shard is still the one it wrote."""
+    try:
+        noted = json.loads(storage.read(_note(plan.name)))
+        if noted["asked"] != asked or storage.stat(plan.name).version != noted["version"]:
+            return None
+        shard = ShardEntry(**noted["shard"] | {"gaps": tuple(noted["shard"]["gaps"])})
+        return shard, list(noted["classes"])
+    except (MissingError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _write_shard(
+    storage: Storage, plan: _Plan, asked: str, one_more: Callable[[], None]
+) -> tuple[ShardEntry, list[dict[str, Any]]]:
+    with tempfile.TemporaryDirectory(prefix="imaml-prepare-") as scratch:
+        path = Path(scratch) / plan.name
+        classes = _build(path, plan.records, one_more)
+        shard = shard_entry(path, [(c["offset"] + c["header"], math.prod(c["shape"])) for c in classes])
+        version = storage.write(plan.name, path)
+    noted = {"asked": asked, "version": version, "shard": asdict(shard), "classes": classes}
+    storage.write(_note(plan.name), canonical(noted))
+    return shard, classes
+
+
+def _build(path: Path, records: Sequence[AnyRecord], one_more: Callable[[], None]) -> list[dict[str, Any]]:
+    """Write one tar; returns what the index says of each class but shard and rotation."""
     import webdataset
 
-    part = path.with_name(f".{path.name}.part")
-    headers = []
-    with open(part, "wb") as file:
+    classes = []
+    with open(path, "wb") as file:
         writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="imaml", group="imaml")
-        for record in records:
-            if not _KEY.match(record.key):
-                raise ValueError(f"class key {record.key!r} may hold letters, digits, '_', '-', '@' and '/' only")
-            if record.images.dtype != np.uint8 or record.images.ndim != 4:
-                raise ValueError(
-                    f"images of {record.key!r} must be uint8 [n, H, W, C], got {record.images.dtype} {record.images.shape}"
-                )
+        for lazy in records:
+            record = lazy.load()
+            _check(record)
             buffer = io.BytesIO()
             np.save(buffer, np.ascontiguousarray(record.images), allow_pickle=False)
-            headers.append(buffer.tell() - record.images.nbytes)
             facts = {"name": record.name, "sources": list(record.sources)}
             writer.write(
                 {
@@ -132,16 +197,72 @@ def _write_shard(path: Path, records: Sequence[ClassRecord]) -> list[tuple[int, 
                     "json": json.dumps(facts, sort_keys=True).encode(),
                 }
             )
+            header = buffer.tell() - record.images.nbytes
+            crc32 = zlib.crc32(buffer.getbuffer()[header:])
+            classes.append(
+                {
+                    "key": record.key,
+                    "header": header,
+                    "shape": list(record.shape),
+                    "crc32": crc32,
+                    "skipped": list(record.skipped),
+                }
+            )
+            one_more()
         writer.close()
-        file.flush()
-        os.fsync(file.fileno())
-    with tarfile.open(part, "r:") as tar:
+    with tarfile.open(path, "r:") as tar:
         offsets = {member.name: member.offset_data for member in tar}
-    os.replace(part, path)
-    return [(offsets[f"{r.key}.images.npy"], header) for r, header in zip(records, headers, strict=True)]
+    return [entry | {"offset": offsets[f"{entry['key']}.images.npy"]} for entry in classes]
 
 
-def _shard_entry(path: Path) -> ShardEntry:
+def _check(record: ClassRecord) -> None:
+    if not _KEY.match(record.key):
+        raise ValueError(f"class key {record.key!r} may hold letters, digits, '_', '-', '@' and '/' only")
+    if record.images.dtype != np.uint8 or record.images.ndim != 4:
+        raise ValueError(
+            f"images of {record.key!r} must be uint8 [n, H, W, C], got {record.images.dtype} {record.images.shape}"
+        )
+
+
+def shard_entry(path: Path, pixels: Sequence[tuple[int, int]]) -> ShardEntry:
+    """What the index says of a shard.
+
+    Args:
+        path: of the tar.
+        pixels: (first byte, bytes) of each class's pixels.
+    """
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return ShardEntry(name=path.name, size=path.stat().st_size, sha256=digest)
+        size = path.stat().st_size
+        ordered = sorted(pixels)
+        edges = [0, *itertools.chain.from_iterable((begin, begin + length) for begin, length in ordered), size]
+        gaps = [crc32_of(file, begin, end) for begin, end in zip(edges[::2], edges[1::2], strict=True)]
+    return ShardEntry(path.name, size, digest, tuple(gaps))
+
+
+def crc32_of(file: BinaryIO, begin: int, end: int) -> int:
+    """CRC32 of bytes [begin, end) of a file, read a piece at a time."""
+    file.seek(begin)
+    found = 0
+    while begin < end and (piece := file.read(min(1 << 20, end - begin))):
+        found, begin = zlib.crc32(piece, found), begin + len(piece)
+    return found
+
+
+def publish(storage: Storage, index: Index) -> None:
+    """Write an index where there is none, and remove shards that it does not list.
+
+    Raises:
+        DataError: somebody else has written one meanwhile.
+    """
+    try:
+        storage.write(FILE_NAME, index.to_json().encode(), only_if=ABSENT)
+    except ChangedError as error:
+        raise DataError(
+            f"{storage.url}: another preparation has written its {FILE_NAME} here meanwhile; let one finish, then `imaml verify` it"
+        ) from error
+    listed = {shard.name for shard in index.shards}
+    for name in [name for name, _ in storage.names() if _SHARD.match(name) and name not in listed]:
+        storage.remove(name)
+    for shard in index.shards:
+        storage.remove(_note(shard.name))

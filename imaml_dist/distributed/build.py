@@ -19,6 +19,7 @@ from imaml_dist.config.schema import (
     UserModelConfig,
 )
 from imaml_dist.data.ahead import Ahead
+from imaml_dist.data.augment import Augmentation
 from imaml_dist.data.dataset import CacheOptions, Dataset
 from imaml_dist.data.episodes import EpisodeSource
 from imaml_dist.distributed.build_algorithm import make_algorithm
@@ -149,12 +150,15 @@ def open_dataset(config: ExperimentConfig) -> Dataset:
     Raises:
         DataError, StorageError: it is missing, incomplete, or cannot be reached.
     """
-    fields = config.storage.model_dump()
-    folder, budget = fields.pop("cache"), fields.pop("cache_bytes")
-    del fields["prefetch"]
+    folder, budget = config.storage.cache, config.storage.cache_bytes
     return Dataset(
-        config.data.url, StorageOptions(**fields), CacheOptions(None if folder is None else Path(folder), budget)
+        config.data.url, storage_options(config), CacheOptions(None if folder is None else Path(folder), budget)
     )
+
+
+def storage_options(config: ExperimentConfig) -> StorageOptions:
+    """How object storage is reached."""
+    return StorageOptions(**config.storage.model_dump(exclude={"cache", "cache_bytes", "prefetch"}))
 
 
 def read_ahead(config: ExperimentConfig, source: TaskSource, requests: Iterable[tuple[int, range]]) -> Ahead:
@@ -162,15 +166,30 @@ def read_ahead(config: ExperimentConfig, source: TaskSource, requests: Iterable[
     return Ahead(source, requests, config.storage.prefetch, pin=config.run.device == "cuda")
 
 
-def make_source(config: ExperimentConfig, dataset: Dataset, split: str) -> EpisodeSource:
+def make_source(config: ExperimentConfig, dataset: Dataset, split: str, *, training: bool = True) -> EpisodeSource:
     """Episodes of a split; the test split with the evaluation's number of queries.
 
+    Args:
+        config: of the experiment.
+        dataset: opened data set.
+        split: train, val or test.
+        training: draw those of the train split from pools and augment them, as configured; others never are.
+
     Raises:
-        ConfigError: more ways or images per class than the split has.
+        ConfigError: more ways or images per class than the split has, or a pool or augmentation that does not fit.
         DataError: no such split.
     """
     data = config.data
-    query = config.evaluate.query if split == "test" else data.query
+    learnt_from = training and split == "train"
     return EpisodeSource(
-        dataset, split, way=data.way, shot=data.shot, query=query, seed=config.run.seed, dtype=dtype_of(config)
+        dataset,
+        split,
+        way=data.way,
+        shot=data.shot,
+        query=config.evaluate.query if split == "test" else data.query,
+        seed=config.run.seed,
+        dtype=dtype_of(config),
+        augmentation=Augmentation(**data.augment.model_dump()) if learnt_from else None,
+        pool=data.pool if learnt_from else None,
+        pool_steps=data.pool_steps,
     )

@@ -1,5 +1,6 @@
 """The command line as a user meets it: exit codes, one sentence for every mistake, and a whole run without Ray."""
 
+import hashlib
 import json
 import math
 import signal
@@ -75,6 +76,42 @@ def test_evaluate_agrees_with_the_run_and_writes_json(finished):
     assert result["accuracy_inductive"] == summary["test_accuracy_inductive"]
     assert "accuracy, inductive" in output
     assert imaml("evaluate", "run", "--split", "val", "--tasks", "5", cwd=folder)[0] == 0
+
+
+def test_frozen_tasks_are_evaluated_as_the_run_itself_would(finished, data, tmp_path):
+    folder, _ = finished
+    freeze = (
+        "freeze-tasks",
+        str(folder / "tiny.yaml"),
+        "--tasks",
+        "20",
+        "--out",
+        str(tmp_path / "sets" / "tasks.jsonl"),
+    )
+    code, output = imaml_here(*freeze, cwd=tmp_path)
+    assert code == 0 and "20 tasks of the test split, sha256" in output, output
+    code, output = imaml_here(*freeze, cwd=tmp_path)
+    assert code == 0 and "it is there already" in output, output
+    summary = json.loads((folder / "run" / "summary.json").read_text())
+    evaluate = ("evaluate", str(folder / "run"), "--manifest", "sets/tasks.jsonl")
+    code, output = imaml_here(*evaluate, "--tasks", "20", "--json", "e.json", cwd=tmp_path)
+    assert code == 0, output
+    result = json.loads((tmp_path / "e.json").read_text())
+    assert (result["accuracy"], result["tasks"], result["split"]) == (summary["test_accuracy"], 20, "test")
+    content = (tmp_path / "sets" / "tasks.jsonl").read_bytes()
+    assert result["manifest_sha256"] == hashlib.sha256(content).hexdigest()
+    other = write_config(tmp_path / "other.yaml", data)
+    set_way = ("--set", "data.way=4", "--set", "data.pool=4", "--tasks", "5", "--split", "train")
+    assert imaml_here("freeze-tasks", str(other), *set_way, "--out", "four.jsonl", cwd=tmp_path)[0] == 0
+    for words, says in (
+        ((*freeze[:2], "--tasks", "21", *freeze[4:]), "is there already and holds something else"),
+        ((*freeze[:2], "--split", "dev", *freeze[4:]), "the split is one of train, val, test"),
+        ((*evaluate, "--split", "val"), "the manifest has 20 tasks of the test split and is used as a whole"),
+        ((*evaluate[:3], "four.jsonl"), "its tasks have 4 classes, the run's model tells 3 apart"),
+        ((*evaluate[:3], "none.jsonl"), "there is no manifest"),
+    ):
+        code, output = imaml_here(*words, cwd=tmp_path)
+        assert (code, says in output, len(output.strip().splitlines())) == (2, True, 1), output
 
 
 def test_report_can_be_written_again(finished):

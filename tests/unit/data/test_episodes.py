@@ -1,5 +1,7 @@
 """Episodes: the right images with the right labels, the same whoever asks and in whatever order."""
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +9,8 @@ from helpers.datasets import write_blobs
 
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import EpisodeSource
+from imaml_dist.data.records import ClassRecord
+from imaml_dist.data.shards import write_dataset
 from imaml_dist.errors import ConfigError, DataError
 
 
@@ -57,6 +61,42 @@ def test_steps_tasks_seeds_and_splits_differ(dataset):
     keys = [key for s in sources for step in (0, 1) for key in s.episodes(step, range(3)).key.tolist()]
     assert len(set(keys)) == len(keys) == 18, "no two tasks drop alike"
     assert source(dataset).episodes(1, range(2, 3)).key.tolist() == keys[5:6], "and a task always does"
+
+
+def test_images_are_asked_for_once_and_what_is_needed_is_known_before(dataset, monkeypatch):
+    s, asked, gather = source(dataset), [], dataset.gather
+    monkeypatch.setattr(
+        dataset, "gather", lambda wanted: (asked.append([entry for entry, _ in wanted]), gather(wanted))[1]
+    )
+    s.episodes(6, range(1, 4))
+    (entries,) = asked
+    assert len(entries) == 3 * 5
+    assert s.needs(6, range(1, 4)) == list(dict.fromkeys(entries))
+
+
+def test_golden_episode_of_a_data_set(dataset):
+    """Pixels and keys, from before episodes were composed in one piece."""
+    batch = source(dataset).episodes(4, range(2, 5))
+    pixels = (torch.cat([batch.support_x, batch.query_x], 1) * 255).round().to(torch.uint8)
+    digest = hashlib.sha256(pixels.numpy().tobytes() + batch.key.numpy().tobytes()).hexdigest()
+    assert digest.startswith("a0427d56adc3d1b8")
+
+
+def test_colours_and_sides_are_where_they_should_be(tmp_path):
+    images = np.arange(6 * 4 * 5 * 3, dtype=np.uint8).reshape(6, 4, 5, 3)
+    write_dataset(
+        tmp_path, "rgb", {"train": [ClassRecord(f"c{i}", images[::-1] if i else images) for i in range(2)]}, {}
+    )
+    s = EpisodeSource(Dataset(str(tmp_path)), "train", way=2, shot=1, query=2, seed=0, dtype=torch.float64)
+    batch = s.episodes(0, range(3))
+    assert batch.support_x.shape == (3, 2, 3, 4, 5) and batch.query_x.shape == (3, 4, 3, 4, 5)
+    assert batch.support_x.is_contiguous() and batch.query_x.is_contiguous() and batch.support_x.dtype == torch.float64
+    for row in range(3):
+        classes, numbers = s.draw(0, row)
+        for label, (c, n) in enumerate(zip(classes, numbers, strict=True)):
+            expected = torch.from_numpy((images[::-1] if c else images)[n].transpose(0, 3, 1, 2) / 255)
+            assert torch.equal(batch.support_x[row, label], expected[0])
+            assert torch.equal(batch.query_x[row, 2 * label : 2 * label + 2], expected[1:])
 
 
 def test_impossible_episodes_are_refused_in_one_sentence(dataset):
