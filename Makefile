@@ -7,6 +7,7 @@ STAMP  := $(VENV)/.installed
 
 .DEFAULT_GOAL := setup
 BENCH  ?= runs/benchmarks
+JOBS   ?= 2
 .PHONY: setup train test test-full check bench clean
 
 setup: $(STAMP)
@@ -30,11 +31,17 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# Whole runs have the machine for themselves: they start clusters, and some measure time. A part that fails does not spare the other.
+define run_tests
+@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(1) tests/unit tests/architecture; parts=$$?; \
+$(BIN)/python -m pytest $(1) tests/integration tests/faults; exit $$((parts | $$?))
+endef
+
 test: $(STAMP)
-	$(BIN)/python -m pytest -m 'not slow and not netns and not ceph and not gpu'
+	$(call run_tests,-m 'not slow and not netns and not gpu')
 
 test-full: $(STAMP)
-	$(BIN)/python -m pytest
+	$(call run_tests)
 
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'

@@ -1,5 +1,6 @@
 """What several tests share: a small data set, written once, kernels, compiled once, and S3 servers, started once."""
 
+import functools
 import os
 import tempfile
 import uuid
@@ -46,8 +47,18 @@ def s3(request) -> str:
     return request.getfixturevalue(request.param)
 
 
+@pytest.fixture(scope="session")
+def one_loader():
+    """Clients whose library reads its service descriptions once, not for each."""
+    with pytest.MonkeyPatch.context() as patch:
+        import botocore.session as library
+
+        patch.setattr(library, "create_loader", functools.cache(library.create_loader))
+        yield
+
+
 @pytest.fixture
-def aws(monkeypatch, tmp_path) -> None:
+def aws(one_loader, monkeypatch, tmp_path) -> None:
     """The environment of a client of the servers, and nothing of the user's own."""
     for name in os.environ.keys() - s3_server.clean_environment().keys():
         monkeypatch.delenv(name)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,7 +34,10 @@ class Folder:
     def stat(self, name: str) -> Stat:
         """See `Storage`."""
         try:
-            return _stat(os.stat(self.path / name))
+            found = os.stat(self.path / name)
+            if stat.S_ISDIR(found.st_mode):
+                raise IsADirectoryError
+            return _stat(found)
         except OSError as error:
             raise self._translated(name, error) from error
 
@@ -54,7 +59,7 @@ class Folder:
                 while begin < end:
                     piece = file.read(min(PIECE, end - begin))
                     if not piece:
-                        raise StorageError(f"{self.path / name} ends at byte {begin}, {end} was asked for")
+                        raise ChangedError(f"{self.path / name} ends at byte {begin}, {end} was asked for")
                     begin += len(piece)
                     if _stat(os.fstat(file.fileno())) != found:
                         raise ChangedError(f"{self.path / name} was changed while it was read; read it again")
@@ -65,28 +70,17 @@ class Folder:
     def write(self, name: str, content: bytes | Path, *, only_if: str | None = None) -> str:
         """See `Storage`."""
         target = self.path / name
-        part = target.with_name(f".{target.name}.{os.getpid()}.part")
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with exclusive(target.parent, wait=60.0) as held:
                 if not held:
                     raise StorageError(f"{target.parent} is being written to by another process; wait and try again")
                 self._check_condition(name, only_if)
-                with open(part, "wb") as file:
-                    if isinstance(content, Path):
-                        with open(content, "rb") as source:
-                            shutil.copyfileobj(source, file, PIECE)
-                    else:
-                        file.write(content)
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(part, target)
+                version = _replace(target, content)
             sync_folder(target.parent)
-            return self.stat(name).version
+            return version
         except OSError as error:
             raise self._translated(name, error) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def _check_condition(self, name: str, only_if: str | None) -> None:
         if only_if is None:
@@ -102,13 +96,18 @@ class Folder:
     def names(self, prefix: str = "") -> Iterator[tuple[str, int]]:
         """See `Storage`; hidden files are none of its objects."""
         found = []
-        for folder, inner, files in os.walk(self.path):
+        for folder, inner, files in os.walk(self.path, onerror=self._refuse):
             inner[:] = [name for name in inner if not name.startswith(".")]
             for file in files:
                 name = (Path(folder) / file).relative_to(self.path).as_posix()
                 if not file.startswith(".") and name.startswith(prefix):
-                    found.append((name, os.stat(Path(folder) / file).st_size))
+                    with contextlib.suppress(MissingError):  # removed meanwhile
+                        found.append((name, self.stat(name).size))
         yield from sorted(found, key=lambda pair: pair[0].encode())
+
+    def _refuse(self, error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):  # nothing was written yet, or it is removed already
+            raise self._translated("", error) from error
 
     def remove(self, name: str) -> None:
         """See `Storage`."""
@@ -118,9 +117,28 @@ class Folder:
             raise self._translated(name, error) from error
 
     def _translated(self, name: str, error: OSError) -> MissingError | StorageError:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
             return MissingError(f"{self.path / name} does not exist; check the path")
         return StorageError(f"{self.path / name}: {error.strerror or error}")
+
+
+def _replace(target: Path, content: bytes | Path) -> str:
+    """Put content in the place of a file, and return its version."""
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            if isinstance(content, Path):
+                with open(content, "rb") as source:
+                    shutil.copyfileobj(source, file, PIECE)
+            else:
+                file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+            version = _stat(os.fstat(file.fileno())).version
+        os.replace(part, target)
+    finally:
+        part.unlink(missing_ok=True)
+    return version
 
 
 def _stat(found: os.stat_result) -> Stat:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from urllib.parse import unquote, urlparse, urlsplit, urlunsplit
+from urllib.parse import unquote, urlsplit
 
 from imaml_dist.errors import InputError
 
@@ -20,12 +21,12 @@ def local_path(url: str | os.PathLike[str]) -> Path:
         InputError: another scheme.
     """
     text = os.fspath(url)
-    parsed = urlparse(text)
-    if parsed.scheme == "file":
-        return Path(unquote(parsed.path))
-    if "://" in text:
+    scheme, mark, _ = text.partition("://")
+    if scheme == "file" or text.startswith("file:/"):
+        return Path(unquote(urlsplit(text).path))
+    if mark:
         raise InputError(
-            f"{without_secrets(text)}: scheme {parsed.scheme!r} is not supported, only paths and file:// URLs are; "
+            f"{without_secrets(text)}: scheme {scheme!r} is not supported, only paths and file:// URLs are; "
             "copy the data to a local path"
         )
     return Path(text)
@@ -33,8 +34,7 @@ def local_path(url: str | os.PathLike[str]) -> Path:
 
 def without_secrets(url: str) -> str:
     """The URL without user name and password, for messages and records."""
-    parts = urlsplit(url)
-    return urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2])) if "@" in parts.netloc else url
+    return re.sub(r"(?<=//)[^/?#]*@", "", url, count=1)
 
 
 def atomic_write(path: Path, data: bytes) -> None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 
+from imaml_dist.errors import InputError
 from imaml_dist.storage.folder import Folder
+from imaml_dist.storage.local import without_secrets
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.storage.protocol import Storage
 
@@ -17,8 +19,14 @@ def open_storage(url: str | os.PathLike[str], options: StorageOptions | None = N
     Raises:
         InputError: another scheme, or an `s3://` URL without a bucket.
     """
-    if os.fspath(url).startswith(S3):
+    text = os.fspath(url)
+    if text.startswith(S3):
         from imaml_dist.storage.s3 import Bucket
 
-        return Bucket(os.fspath(url), options or StorageOptions())
-    return Folder(url)
+        return Bucket(text, options or StorageOptions())
+    scheme, mark, _ = text.partition("://")
+    if mark and scheme != "file":
+        raise InputError(
+            f"{without_secrets(text)}: scheme {scheme!r} is not supported; give a path, a file:// URL, or s3://bucket/prefix"
+        )
+    return Folder(text)

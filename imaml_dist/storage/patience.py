@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -36,6 +37,9 @@ class Counters:
 counters = Counters()
 """Of this process."""
 
+# A fork is another process, and may have been made while a thread held the lock.
+os.register_at_fork(after_in_child=lambda: Counters.__init__(counters))
+
 
 class Patience:
     """The retry budget of one operation: seconds spent without progress.
@@ -55,6 +59,10 @@ class Patience:
         """Something was achieved: the budget is whole again."""
         self._since, self.failures = time.monotonic(), 0
 
+    def excuse(self, seconds: float) -> None:
+        """That time was somebody else's: it does not count."""
+        self._since += seconds
+
     def wait(self) -> bool:
         """Note a failure and wait before the next try; False at once if the budget does not last for another."""
         self.failures += 1
@@ -62,7 +70,7 @@ class Patience:
         left = self._seconds - self.spent
         if left <= 0:
             return False
-        pause = random.uniform(0, min(FIRST_WAIT_S * 2 ** min(self.failures, 16), LONGEST_WAIT_S, left))
+        pause = min(random.uniform(0, min(FIRST_WAIT_S * 2 ** min(self.failures, 16), LONGEST_WAIT_S)), left)
         counters.add(retries=1, seconds_waited=pause)
         time.sleep(pause)
         return True

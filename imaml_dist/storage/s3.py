@@ -10,21 +10,21 @@ import base64
 import hashlib
 import io
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any, TypeVar
-from urllib.parse import urlsplit
 
 from botocore.exceptions import ClientError
 
-from imaml_dist.errors import ChangedError, InputError, StorageError
+from imaml_dist.errors import ChangedError, InputError, MissingError, StorageError
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.storage.patience import Patience, counters
 from imaml_dist.storage.protocol import ABSENT, Stat
 from imaml_dist.storage.s3_client import LazyClient
-from imaml_dist.storage.s3_errors import FAULTS, Verdict, status_of, told, translated, verdict
+from imaml_dist.storage.s3_errors import FAULTS, Verdict, may_quote_secrets, status_of, told, translated, verdict
 
 PIECE = 1 << 20
 """Bytes read at once."""
@@ -48,13 +48,16 @@ class Bucket:
     """
 
     def __init__(self, url: str, options: StorageOptions) -> None:
-        parts = urlsplit(url)
-        if "@" in parts.netloc:
+        scheme, _, rest = url.partition("://")
+        bucket, _, prefix = rest.partition("/")
+        if "@" in bucket:
             raise InputError("credentials do not belong in a URL; take them out, and set them in the environment")
-        if not parts.netloc or parts.query or parts.fragment:
-            raise InputError(f"{url}: not of the form s3://bucket/prefix; give a bucket, and nothing behind the prefix")
+        if scheme != "s3" or not bucket or set("?#") & set(rest):  # behind which there may be a signature
+            raise InputError(
+                f"{re.split('[?#]', url)[0]}: not of the form s3://bucket/prefix; give a bucket, and nothing behind the prefix"
+            )
         self.options = options
-        self.bucket, self._prefix = parts.netloc, parts.path.strip("/")
+        self.bucket, self._prefix = bucket, prefix.strip("/")
         self.url = f"s3://{self.bucket}/{self._prefix}".rstrip("/")
         self._client = LazyClient(options)
 
@@ -85,8 +88,8 @@ class Bucket:
         patience = Patience(self.options.retry_seconds)
         while end is None or begin < end:
             answer = self._patiently(name, lambda client: self._get(client, name, begin, end, version), patience)  # noqa: B023
+            end = self._checked_end(name, answer, begin, end, version)
             version = str(answer["ETag"])
-            end = self._checked_end(name, answer, begin, end)
             try:
                 with closing(answer["Body"]) as body:
                     for piece in self._pieces(body, end - begin, patience):
@@ -98,13 +101,15 @@ class Bucket:
 
     def write(self, name: str, content: bytes | Path, *, only_if: str | None = None) -> str:
         """See `Storage`."""
-        size, md5 = _measured(content)
+        size = len(content) if isinstance(content, bytes) else content.stat().st_size
         if size > LARGEST_PUT:
             raise InputError(
                 f"{self._where(name)}: {size} bytes, but one object may have {LARGEST_PUT}; write smaller shards"
             )
-        condition = {} if only_if is None else {"IfNoneMatch": "*"} if only_if == ABSENT else {"IfMatch": only_if}
-        patience = Patience(self.options.retry_seconds)
+        condition = (
+            {} if only_if is None else {"IfNoneMatch": "*"} if only_if == ABSENT else {"IfMatch": only_if.strip('"')}
+        )
+        md5, patience = _md5(content), Patience(self.options.retry_seconds)
 
         def put(client: Any) -> str:
             with open(content, "rb") if isinstance(content, Path) else io.BytesIO(content) as body:
@@ -120,9 +125,11 @@ class Bucket:
 
         try:
             version = self._patiently(name, put, patience)
-        except ChangedError as error:
+        except (ChangedError, MissingError) as error:
+            if isinstance(error, MissingError) and "IfMatch" not in condition:
+                raise
             # A first try may have been carried out though its answer got lost: then what is there is ours.
-            found = self.stat(name) if patience.total_failures else None
+            found = self.stat(name) if patience.total_failures and isinstance(error, ChangedError) else None
             if found is None or found.version.strip('"') != md5.hex():
                 what = "is there already" if only_if == ABSENT else "is not what it was any more"
                 raise ChangedError(f"{self._where(name)} {what}; another writer was faster") from error
@@ -160,9 +167,12 @@ class Bucket:
             request["IfMatch"] = version
         return client.get_object(**request)
 
-    def _checked_end(self, name: str, answer: dict[str, Any], begin: int, end: int | None) -> int:
+    def _checked_end(self, name: str, answer: dict[str, Any], begin: int, end: int | None, version: str | None) -> int:
         """The byte behind the last one of an answer, if it is what was asked for."""
         found, last = str(answer.get("ContentRange", "")), begin + int(answer["ContentLength"])
+        if version not in (None, str(answer["ETag"])):  # of a server that does not know If-Match
+            answer["Body"].close()
+            raise ChangedError(f"{self._where(name)} was changed since it was first looked at; read it again")
         if (begin or end is not None) and not found.startswith(f"bytes {begin}-"):
             answer["Body"].close()
             raise StorageError(
@@ -198,7 +208,9 @@ class Bucket:
                 )
             if spent > self.options.read_timeout:
                 got, spent = 0, 0.0
+            given = time.monotonic()
             yield piece
+            patience.excuse(time.monotonic() - given)
 
     def _patiently(self, name: str, ask: Callable[[Any], T], patience: Patience | None = None) -> T:
         """Ask until there is an answer, or the budget is spent, or asking again cannot help."""
@@ -216,7 +228,7 @@ class Bucket:
                 elif decision is Verdict.AGAIN:
                     self._wait(name, error, patience)
                 else:
-                    raise translated(error, self._where(name)) from error
+                    raise translated(error, self._where(name)) from None if may_quote_secrets(error) else error
 
     def _wait(self, name: str, error: BaseException, patience: Patience) -> None:
         """Before the next try, if the budget lasts for one."""
@@ -232,9 +244,9 @@ class Bucket:
             _log.warning("%s: %s; trying again (%d)", self._where(name), told(error), patience.failures)
 
 
-def _measured(content: bytes | Path) -> tuple[int, bytes]:
-    """Size and MD5, by which the server sees that it got what was sent."""
+def _md5(content: bytes | Path) -> bytes:
+    """By which the server sees that it got what was sent."""
     if isinstance(content, bytes):
-        return len(content), hashlib.md5(content, usedforsecurity=False).digest()
+        return hashlib.md5(content, usedforsecurity=False).digest()
     with open(content, "rb") as file:
-        return content.stat().st_size, hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()
+        return hashlib.file_digest(file, lambda: hashlib.md5(usedforsecurity=False)).digest()

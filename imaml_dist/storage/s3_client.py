@@ -24,7 +24,7 @@ class LazyClient:
         self.options = options
         self._lock = threading.Lock()
         self._client: Any = None
-        self._process = 0
+        self._process = os.getpid()
 
     def __reduce__(self) -> tuple[type[LazyClient], tuple[StorageOptions]]:
         return LazyClient, (self.options,)
@@ -36,9 +36,11 @@ class LazyClient:
             InputError: the endpoint is no URL.
             StorageError: the settings found in the environment cannot be used.
         """
+        if self._process != os.getpid():  # a fork, made perhaps while another thread held the lock
+            self._lock, self._client, self._process = threading.Lock(), None, os.getpid()
         with self._lock:
-            if self._client is None or self._process != os.getpid():
-                self._client, self._process = _made(self.options), os.getpid()
+            if self._client is None:
+                self._client = _made(self.options)
             return self._client
 
     def renew(self, stale: Any) -> None:
@@ -48,16 +50,29 @@ class LazyClient:
                 self._client = None
 
 
+def _check_endpoint(name: str, url: str) -> None:
+    if "@" in url:  # not to be repeated, neither here nor in what a library says about it
+        raise InputError(f"{name}: credentials do not belong in a URL; take them out, and set them in the environment")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise InputError(f"{name}: {url!r} is no URL; give one such as https://objects.example.org")
+
+
 def _made(options: StorageOptions) -> Any:
     import boto3
     from botocore import UNSIGNED
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    endpoint = options.endpoint
-    if endpoint is not None and (urlsplit(endpoint).scheme not in ("http", "https") or not urlsplit(endpoint).hostname):
-        raise InputError(f"storage.endpoint: {endpoint!r} is no URL; give one such as https://objects.example.org")
-    own_server = endpoint is not None or any(os.environ.get(name) for name in ENDPOINT_VARIABLES)
+    endpoints = {"storage.endpoint": options.endpoint} | {name: os.environ.get(name) for name in ENDPOINT_VARIABLES}
+    for name, value in endpoints.items():
+        if value:
+            _check_endpoint(name, value)
+    own_server = any(endpoints.values())
     checksums = options.checksums
     if checksums == "auto":
         checksums = "when_required" if own_server else "when_supported"
@@ -82,8 +97,10 @@ def _made(options: StorageOptions) -> Any:
         session = boto3.session.Session()
         if region is None and own_server:
             region = session.region_name or "us-east-1"  # such servers have none, but signatures need one
-        return session.client("s3", endpoint_url=endpoint, region_name=region, config=Config(**settings))
+        client = session.client("s3", endpoint_url=options.endpoint, region_name=region, config=Config(**settings))
     except (BotoCoreError, ValueError) as error:
         raise StorageError(
             f"storage: no S3 client can be made from the settings of this environment ({brief(error)}); mend them"
         ) from error
+    _check_endpoint("endpoint_url of the profile", client.meta.endpoint_url)
+    return client

@@ -62,7 +62,12 @@ def verdict(error: BaseException) -> Verdict:
         return (
             Verdict.AGAIN if code_of(error) in _BUSY or status_of(error) in (429, *range(500, 600)) else Verdict.FINAL
         )
-    return Verdict.AGAIN if isinstance(error, _BROKEN) else Verdict.FINAL
+    return Verdict.AGAIN if isinstance(error, _BROKEN) and not may_quote_secrets(error) else Verdict.FINAL
+
+
+def may_quote_secrets(error: BaseException) -> bool:
+    """Whether this is about a header that cannot be sent, and quotes it: it may be one with credentials."""
+    return isinstance(error, HTTPClientError) and isinstance(error.kwargs.get("error"), ValueError)
 
 
 def code_of(error: ClientError) -> str:
@@ -89,6 +94,8 @@ def translated(error: BaseException, where: str, now: Callable[[], datetime] = l
             f"{where}: no usable credentials were found ({type(error).__name__}); set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "or a profile, or storage.anonymous for a public bucket"
         )
+    if may_quote_secrets(error):
+        return InputError(f"{where}: the request cannot be sent; look for line breaks in the credentials (AWS_...)")
     if not isinstance(error, ClientError):
         return InputError(
             f"{where}: the request cannot be made ({brief(error)}); check the URL and the storage settings"
