@@ -103,6 +103,7 @@ def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Data
     if source.path is not None and (fresh or not checkpoints.steps(run.checkpoints)):  # a resumed run needs it no more
         warm_start.check_outside(source.path, run.path)
         warm_start.load_into(learner.model, source.path, source.skip)
+    dataset.close()  # the workers open it for themselves; here only its index is of use
     return dataset
 
 

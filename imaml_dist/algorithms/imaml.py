@@ -125,7 +125,7 @@ class IMAML:
     ) -> MetaGradient:
         def solve(system: ProximalSystem, v: Tensor) -> LinearSolution:
             problem.lap("query")
-            return self.solver.solve(system, v)
+            return self.solver.solve(replace(system, precision=problem.functional.precision), v)
 
         return implicit_meta_gradient(
             problem.support_loss,

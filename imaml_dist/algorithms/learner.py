@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
@@ -215,13 +216,13 @@ class MetaLearner:
         through torch, and may differ in its last digits, so the two or three of a smallest call are lost if they do not fit.
         """
         if len(episodes) < 4 or len(episodes) <= self._fits:
-            try:
+            with suppress(torch.OutOfMemoryError):
                 return self._batch_gradients(episodes, theta)
-            except torch.OutOfMemoryError:
-                if len(episodes) < 4:
-                    tasks = TaskRecord.lost(len(episodes), TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
-                    return TaskGradients(theta.new_zeros(len(episodes), theta.shape[0]), tasks, seconds={})
-                self._fits = len(episodes) - 1
+            # Only now is the error gone, and with it the frames that hold what did not fit: before, nothing can be allocated.
+            if len(episodes) < 4:
+                tasks = TaskRecord.lost(len(episodes), TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
+                return TaskGradients(theta.new_zeros(len(episodes), theta.shape[0]), tasks, seconds={})
+            self._fits = len(episodes) - 1
         half = len(episodes) // 2
         return TaskGradients.joined([self._as_fits(part, theta) for part in (episodes[:half], episodes[half:])])
 

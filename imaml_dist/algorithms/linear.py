@@ -83,6 +83,7 @@ class ConjugateGradient:
             atol=self.atol,
             x0=system.regulariser_solve(v) if self.start == "first_order" else None,
             preconditioner=preconditioner,
+            precision=system.precision,
         )
 
 

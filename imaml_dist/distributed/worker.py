@@ -71,7 +71,7 @@ class Worker:
         self._mine = dealt_to(group.rank, group.world, len(self.chunks))
         self._traffic = Traffic(self.dataset.cached)
         watch = config.run.profile > 0 and group.rank == 0
-        self._profile = StepProfile(config.run.profile, run.profile) if watch else None
+        self._profile = StepProfile(config.run.profile, run) if watch else None
 
     def run_to_end(self) -> Stop:
         """Train until the configured end or a request to stop, then meta-test unless interrupted.
@@ -80,11 +80,12 @@ class Worker:
 
         Raises:
             TrainingError: too many steps in a row were skipped.
-            StorageError: a checkpoint cannot be written, or other workers still write into the run directory.
+            StorageError: a checkpoint or the profile cannot be written, or other workers still write into the run directory.
             CheckpointError: no checkpoint of an earlier start verifies, or the warm start does not fit.
             ConfigError: there is nothing to begin a warm start with.
         """
         with ExitStack() as stack:
+            stack.callback(self.dataset.close)
             if self.group.rank == 0 and not stack.enter_context(exclusive(self.run.writer_lock, WRITER_WAIT_S)):
                 raise StorageError(
                     f"{self.run.path} is still written to by workers of an earlier start; end them and try again"
@@ -93,6 +94,7 @@ class Worker:
             if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:
                 whole = meta_test(self.config, self.run, self.group, self.dataset)
                 stop = stop if whole else Stop.INTERRUPTED
+            self._write_profile()  # last of all: it takes long, and no other rank waits for this one any more
         return stop
 
     def _train(self) -> Stop:
@@ -183,14 +185,16 @@ class Worker:
         """A meta-step, watched by rank 0 if that was asked for."""
         if self._profile is None:
             return self._meta_step(self.state.step)
-        record = self._profile.around(lambda: self._meta_step(self.state.step))
-        if self._profile.whole:
-            run = self.config.run
-            mine = sum(len(self.chunks[number]) for number in dealt_to(0, self.group.world, len(self.chunks)))
-            episode = self.train_source.episodes(self.state.step, range(1)).to(run.device)
-            self.run.write_json(self.run.profile_file, self._profile.result(self.learner, episode, mine, run.threads))
-            self._profile = None
-        return record
+        return self._profile.around(lambda: self._meta_step(self.state.step))
+
+    def _write_profile(self) -> None:
+        """What was found by watching, if all steps to be watched have been taken."""
+        if self._profile is None or not self._profile.whole:
+            return
+        run = self.config.run
+        mine = sum(len(self.chunks[number]) for number in self._mine)
+        episode = self.train_source.episodes(self.state.step, range(1)).to(run.device)
+        self._profile.write(self._profile.result(self.learner, episode, mine, run.threads))
 
     def _meta_step(self, step: int) -> metrics_file.Record:
         """Compute, reduce and apply one meta-step; returns its record."""

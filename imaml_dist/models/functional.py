@@ -18,6 +18,9 @@ from imaml_dist.models.forward_policy import ForwardPolicy
 
 Answer = TypeVar("Answer")
 
+_ROUNDED = {"tf32": 2.0**-10, "bf16": 2.0**-7}
+"""Relative precision of the types that torch may round float32 factors to, if it is allowed to."""
+
 
 class FunctionalModel:
     """`predict(params [T, P], x [T, n, ...]) -> [T, n, ...]`: T copies of one module, each with its own parameters.
@@ -67,6 +70,20 @@ class FunctionalModel:
     def policy(self, key: Tensor | None = None, **options: Any) -> ForwardPolicy:
         """A policy for one evaluation of the module; see `ForwardPolicy` for the options."""
         return ForwardPolicy(key, native=self.native, autocast=self.autocast, **options)
+
+    @property
+    def precision(self) -> float:
+        """Relative precision of its convolutions and products of matrices, as this process computes them now."""
+        parameter = next(self.module.parameters())
+        found = torch.finfo(parameter.dtype).eps
+        if parameter.dtype != torch.float32:  # only float32 is ever rounded to less
+            return found
+        if self.autocast is not None:
+            found = torch.finfo(self.autocast).eps
+        backends: Any = torch.backends
+        gpu, cpu = (backends.cuda.matmul, backends.cudnn.conv), (backends.mkldnn.matmul, backends.mkldnn.conv)
+        kernels = gpu if parameter.device.type == "cuda" else cpu
+        return max(found, *(_ROUNDED.get(kernel.fp32_precision, 0.0) for kernel in kernels))
 
     def parameters(self) -> Tensor:
         """The module's own parameters as one detached vector `[P]`, in a copy."""

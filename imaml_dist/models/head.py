@@ -76,7 +76,7 @@ def _try(functional: FunctionalModel, moving: Sequence[str], x: Tensor, key: Ten
     with torch.no_grad():
         params = functional.parameters()
         outputs, calls = _watch(functional, layer, params, x, key)
-        if len(calls) != 1 or not calls[0].simple or calls[0].output is not outputs:
+        if len(calls) != 1 or not calls[0].simple or not calls[0].last:
             return False
         if not (calls[0].given.isfinite().all() and outputs.isfinite().all()):
             return None  # nan would hide from what it depends on
@@ -118,13 +118,14 @@ def _smallest(functional: FunctionalModel, moving: Sequence[str]) -> nn.Module:
 
 @dataclass
 class _Call:
-    """One call of a layer: what it was given, what it returned, and whether that is all there is to it."""
+    """One call of a layer: what it was given, what it returned, whether that is all there is to it, and the model's own result."""
 
     given: Tensor
     simple: bool
     version: int
     dropped: int
     output: Any = None
+    last: bool = False
 
 
 def _watch(
@@ -143,7 +144,12 @@ def _watch(
         call.output = output
         call.simple &= call.given._version == call.version and policy.dropped == call.dropped
 
+    def end(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        for call in calls:  # told here, for what `evaluate` returns may be a cast of it
+            call.last = call.output is output
+
     with ExitStack() as stack:
         stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         stack.callback(layer.register_forward_hook(after).remove)
+        stack.callback(functional.module.register_forward_hook(end).remove)
         return functional.evaluate(params, x, policy), calls

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +11,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from imaml_dist.algorithms.flops import flops_by_phase
 from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.errors import StorageError
 from imaml_dist.tasks.episode import EpisodeBatch
+from imaml_dist.training.run_directory import RunDirectory
 
 PHASES = ("data", "inner", "query", "solve", "reduce", "outer")
 """Phases of a meta-step as its record names them, `seconds_<phase>`."""
@@ -25,13 +26,14 @@ class StepProfile:
 
     Args:
         steps: >= 1.
-        folder: for `trace.json.gz`, which chrome://tracing and perfetto open.
+        run: where the result is written, with `trace.json.gz`, which chrome://tracing and perfetto open.
     """
 
-    def __init__(self, steps: int, folder: Path) -> None:
-        self._steps, self._folder = steps, folder
+    def __init__(self, steps: int, run: RunDirectory) -> None:
+        self._steps, self._run = steps, run
         self._seen = 0
         self._records: list[Record] = []
+        self._trace: profile | None = None
 
     def around(self, meta_step: Callable[[], Record]) -> Record:
         """Take a meta-step, and note what its record says if it is one to be timed."""
@@ -46,7 +48,24 @@ class StepProfile:
     @property
     def whole(self) -> bool:
         """Whether all steps have been seen."""
-        return self._seen >= self._steps + 2
+        return self._trace is not None
+
+    def write(self, result: Record) -> None:
+        """Write the trace of a whole profile, and its result. It takes seconds: no other worker should wait for this one then.
+
+        Raises:
+            StorageError: they cannot be written.
+        """
+        assert self._trace is not None
+        try:
+            self._run.profile.mkdir(exist_ok=True)
+            self._trace.export_chrome_trace(str(self._run.profile / "trace.json.gz"))
+            self._run.write_json(self._run.profile_file, result)
+        except OSError as error:
+            raise StorageError(
+                f"{self._run.profile} cannot be written ({error}), but all steps and checkpoints are; free space and run the same "
+                "command again to resume"
+            ) from error
 
     def result(self, learner: MetaLearner, episodes: EpisodeBatch, tasks: int, threads: int) -> Record:
         """What was found.
@@ -92,8 +111,7 @@ class StepProfile:
             activities.append(ProfilerActivity.CUDA)
         with profile(activities=activities) as trace:
             record = meta_step()
-        self._folder.mkdir(exist_ok=True)
-        trace.export_chrome_trace(str(self._folder / "trace.json.gz"))
+        self._trace = trace
         return record
 
 

@@ -9,7 +9,8 @@ Differences from the textbook routine (Hestenes and Stiefel 1952; Nocedal and Wr
 3. The residual reported is the true one. The recurrence's `r = b - sum alpha A p` differs from `b - A x` by rounding
    alone, which stays below `sqrt(eps)` of the distance `sum alpha ||A p||` that it came; where it is larger than that, as it is
    unless a solve has nearly come to the end of its digits, it is taken, and a product of its own tells elsewhere. Where that
-   says that the recurrence only seemed to converge, so does the outcome.
+   says that the recurrence only seemed to converge, so does the outcome. Where products are coarser than the type (`precision`),
+   the recurrence adds up their errors too, and is never taken.
 4. The solve is for the way from the start, in units of the first residual (`unit`), so that a small right side is no zero.
 """
 
@@ -41,13 +42,14 @@ def conjugate_gradient(
     atol: float = 0.0,
     x0: Tensor | None = None,
     preconditioner: Matvec | None = None,
+    precision: float | None = None,
 ) -> LinearSolution:
     """Solve `A_t x_t = b_t` for every task t, A symmetric positive definite.
 
     Minimises `1/2 x'Ax - b'x` over the Krylov space (eq. 7 of the paper). A task ends when
     `||r|| <= max(rtol ||b||, atol)`, when it meets `p'Ap <= eps ||p|| ||Ap||`, when a number is not finite, or after
     `max_iterations` steps. Cost: one product a step, one if `x0` is given, and one more for the true residual where rounding
-    could hide in the recurrence's, or on a GPU, which is never asked whether it could.
+    could hide in the recurrence's, where products are coarse, or on a GPU, which is never asked whether rounding could.
 
     Args:
         matvec: `[T, P] -> [T, P]`, linear and symmetric, row t depending on row t only.
@@ -57,6 +59,7 @@ def conjugate_gradient(
         atol: absolute tolerance on the residual norm, >= 0.
         x0: `[T, P]`, start; zero when None.
         preconditioner: `[T, P] -> [T, P]`, an approximation of A's inverse, symmetric positive definite.
+        precision: relative precision of the products, where it is coarser than that of b's type (`ProximalSystem.precision`).
 
     Returns:
         LinearSolution. Where `unsolved`, `value` is the start itself. CONVERGED only where the true residual is at most `SLACK`
@@ -130,6 +133,8 @@ def conjugate_gradient(
 
     norm = torch.linalg.vector_norm(r, dim=-1)
     trusted = norm > tiny**0.5 * distance  # false where anything is not finite
+    if precision is not None and precision > tiny:
+        trusted = torch.zeros_like(trusted)
     value = units * x if start is None else torch.addcmul(start, units, x)
     if not (on_host and bool(trusted.all())):
         norm = torch.where(trusted, norm, torch.linalg.vector_norm((b - matvec(value)) / units, dim=-1))

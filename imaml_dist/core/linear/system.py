@@ -25,6 +25,8 @@ class ProximalSystem:
         curvature: C, products with the Hessian or the Gauss-Newton matrix of the support loss.
         proximal: Lambda.
         damping: mu >= 0, for stability only.
+        precision: relative precision of the products with C, where it is coarser than the vectors' type (bfloat16 or TF32 factors
+            in float32 results); None: as fine as the type.
 
     Raises:
         ValueError: `damping` < 0.
@@ -35,6 +37,7 @@ class ProximalSystem:
     curvature: Matvec
     proximal: Proximal
     damping: float = 0.0
+    precision: float | None = None
 
     def __post_init__(self) -> None:
         if not self.damping >= 0:

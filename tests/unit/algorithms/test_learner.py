@@ -15,7 +15,7 @@ from imaml_dist import (
     evaluate,
 )
 from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
-from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.core.linear.solution import Outcome, relative_residual
 from imaml_dist.kernels import native
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
@@ -96,6 +96,24 @@ def test_record_tells_how_every_solve_went():
     assert (first_order.cg_outcome == NO_SOLVE).all()
     torch.testing.assert_close(first_order.cosine, torch.ones(4, dtype=torch.float64))
     torch.testing.assert_close(TaskRecord.from_rows(record.to_rows()).distance, record.distance)
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_the_residual_recorded_under_autocast_is_the_true_one(execution):
+    true = []
+
+    class Watched(ConjugateGradient):
+        def solve(self, system, v):
+            found = super().solve(system, v)
+            true.append(relative_residual(system, v, found.value))
+            return found
+
+    torch.manual_seed(0)
+    algorithm = IMAML(0.5, GradientDescent(0.3, 5), Watched(max_iterations=8))
+    subject = MetaLearner(Conv4((1, 28, 28), WAY, 5), algorithm, execution=execution, autocast=torch.bfloat16)
+    x, y = torch.randn(3, 6, 1, 28, 28), torch.arange(3).repeat(3, 2)
+    record = subject.task_gradients(EpisodeBatch(x, y, x + 0.1, y, index=torch.arange(3))).tasks
+    torch.testing.assert_close(record.cg_residual, torch.cat(true), rtol=1e-4, atol=0)
 
 
 def test_a_bad_task_is_excluded_and_changes_nothing_else():

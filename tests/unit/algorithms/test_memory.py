@@ -1,10 +1,13 @@
 """What happens where tasks do not fit into memory together, and why it changes nothing."""
 
+import weakref
+
 import pytest
 import torch
 from helpers.kernels import NATIVE
 
 from imaml_dist import IMAML, ConjugateGradient, EpisodeBatch, GradientDescent, MetaLearner
+from imaml_dist.algorithms.record import TaskRecord
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.models.conv4 import Conv4
 
@@ -65,6 +68,24 @@ def test_where_memory_does_not_do_for_all_they_are_computed_in_parts_with_the_sa
     assert torch.equal(again.rows, found.rows)
     if most >= 3:
         assert max(sizes[tried:]) <= most  # what did not fit is not tried again
+
+
+def test_what_the_failed_call_held_is_free_before_anything_is_allocated_for_lost_tasks(monkeypatch):
+    subject, held, alive = learner("vmap"), [], []
+
+    def compute(usable, *rest):
+        activations = torch.zeros(4)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def lost(*given, ours=TaskRecord.lost):
+        alive.extend(reference() for reference in held)
+        return ours(*given)
+
+    monkeypatch.setattr(subject, "_compute", compute)
+    monkeypatch.setattr(TaskRecord, "lost", lost)
+    subject.task_gradients(episodes()[:2])
+    assert alive == [None]
 
 
 def test_two_tasks_that_do_not_fit_are_lost_and_counted(monkeypatch):

@@ -89,6 +89,22 @@ def test_conv4_has_the_size_of_the_reference_network():
         Conv4((3, 84, 84), 5)
 
 
+def test_precision_is_that_of_the_type_factors_are_rounded_to():
+    single, double, rounded = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps, 2.0**-7
+    assert FunctionalModel(nn.Linear(2, 2)).precision == single
+    assert FunctionalModel(nn.Linear(2, 2).double()).precision == double
+    assert FunctionalModel(nn.Linear(2, 2), autocast=torch.bfloat16).precision == rounded
+    assert FunctionalModel(nn.Linear(2, 2).double(), autocast=torch.bfloat16).precision == double, "never cast"
+    before = torch.get_float32_matmul_precision()
+    try:  # what torch was told after the model was built counts
+        functional = FunctionalModel(nn.Linear(2, 2))
+        torch.set_float32_matmul_precision("medium")
+        assert functional.precision == rounded
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert functional.precision == single
+
+
 @pytest.mark.parametrize(
     ("module", "says"),
     [

@@ -1,5 +1,7 @@
 """Models cut before their head: where it may be done it changes no result, and everywhere else it is not done."""
 
+import copy
+
 import pytest
 import torch
 from helpers.blobs import WAY, Blobs
@@ -170,6 +172,31 @@ def test_anil_computes_features_once_for_all_steps_of_a_convolutional_network(ex
     torch.testing.assert_close(again.rows, plain.task_gradients(episodes).rows, rtol=1e-9, atol=1e-11)
     found, expected = (s.adapt_parameters(x, y).params for s in (subject, plain))
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("execution", ["vmap", "loop"])
+def test_anil_computes_features_once_under_autocast_too(execution):
+    torch.manual_seed(0)
+    model, calls = Conv4((1, 28, 28), 3, 4), []
+    subject = MetaLearner(model, ANIL(GradientDescent(0.1, 6)), execution=execution, autocast=torch.bfloat16)
+    x, y = draw(2, 6, 1, 28, 28).float(), torch.arange(3).repeat(2, 2)
+    episodes = EpisodeBatch(x, y, x + 0.1, y, index=torch.arange(2))
+    subject.task_gradients(episodes)
+    model.blocks[0].register_forward_hook(lambda *_: calls.append(1))
+    found = subject.task_gradients(episodes).rows
+    assert len(calls) == 2 * (2 if execution == "loop" else 1), "once for support, once for query samples"
+    subject.functional.tried = lambda *_: False
+    expected = subject.task_gradients(episodes).rows
+    assert len(calls) > 4, "without a head the whole model is evaluated"
+    assert (found - expected).norm() < 0.02 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    "model", [Scaled(), Twice(), Looking()], ids=["more-after-it", "called-twice", "read-elsewhere"]
+)
+def test_autocast_makes_no_head_where_there_is_none(model):
+    functional = FunctionalModel(copy.deepcopy(model).float(), autocast=torch.bfloat16)
+    assert find_head(functional, names_of(functional, "head"), draw(2, 6, 4).float(), torch.arange(2)) is None
 
 
 def test_anil_adapts_what_is_no_last_module_through_the_whole_model():

@@ -7,7 +7,7 @@ import torch
 from helpers.algebra import matvec_of, spd, symmetric
 
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
-from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.core.linear.solution import Outcome, relative_residual
 
 TASKS, SIZE = 5, 8
 
@@ -192,6 +192,30 @@ def test_the_residual_is_the_true_one_whether_it_took_a_product_or_not(dtype, co
         assert len(products) == steps  # far from the last digits none is spent on the residual
     if steps == 40 and condition == 10.0:
         assert len(products) == steps + 1
+
+
+@pytest.mark.parametrize("steps", [6, 12])
+def test_with_products_coarser_than_the_type_the_residual_is_the_true_one(steps):
+    a = spd(3, 20, seed=7).bfloat16()
+    b = torch.randn(3, 20, generator=torch.Generator().manual_seed(3))
+
+    def coarse(v):  # factors in bfloat16, results in float32, as under autocast
+        return matvec_of(a.float())(v.bfloat16().float())
+
+    found = conjugate_gradient(coarse, b, max_iterations=steps, precision=torch.finfo(torch.bfloat16).eps)
+    true = relative_residual(coarse, b, found.value)
+    torch.testing.assert_close(found.residual, true, rtol=1e-5, atol=0)
+    believed = conjugate_gradient(coarse, b, max_iterations=steps)
+    assert torch.equal(believed.value, found.value)
+    assert ((believed.residual - true).abs() > 0.02 * true).any(), "the recurrence's own is not"
+
+
+def test_products_as_fine_as_the_type_cost_none_for_the_residual(system):
+    a, b = system
+    fine = {"precision": torch.finfo(b.dtype).eps}
+    products = []
+    conjugate_gradient(lambda v: products.append(1) or matvec_of(a)(v), b, max_iterations=3, **fine)
+    assert len(products) == 3
 
 
 def test_a_task_near_its_last_digits_does_not_change_what_another_reports():
