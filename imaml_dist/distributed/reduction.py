@@ -1,13 +1,19 @@
 """Sums over all tasks of a meta-step, taken in an order that does not depend on who computed which part.
 
 Floating-point addition is not associative: an all-reduce over 2 and over 3 workers gives different bits. The exact
-reduction gathers one row per chunk from all ranks and adds them along one fixed binary tree, everywhere alike.
-Traffic per rank: `chunks * P` numbers, against about `2 P` of a ring all-reduce.
+reduction adds one row per chunk along one fixed binary tree, whoever holds which chunk:
+
+1. A rank holds neighbouring chunks, and adds what lies below nodes of the tree that are wholly its own: c chunks become k rows,
+   k = 1 where c is a power of two that divides the place of the first, and never more than 2 log2(c + 1).
+2. Every rank is given one segment of P / W numbers of all these rows, and adds them along the rest of the tree.
+3. The segments are gathered.
+
+Each rank sends `(k + 1) P (W - 1) / W` numbers; a ring all-reduce sends `2 P (W - 1) / W`, which is k = 1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -28,6 +34,18 @@ class Group(Protocol):
         """Every rank's tensor, in order of ranks; all have one shape."""
         ...
 
+    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+        """To every rank one segment of one's rows, and from every rank that segment of its rows which is one's own.
+
+        Args:
+            mine: `[W, k, n]`, segment s of the k rows of this rank at s.
+            counts: k of every rank.
+
+        Returns:
+            `[sum(counts), n]`, in order of ranks.
+        """
+        ...
+
     def sum(self, mine: Tensor) -> Tensor:
         """Sum over ranks, in the communication library's own order."""
         ...
@@ -41,6 +59,10 @@ class Alone:
     def gather(self, mine: Tensor) -> list[Tensor]:
         """See `Group.gather`."""
         return [mine]
+
+    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+        """See `Group.exchange`."""
+        return mine[0]
 
     def sum(self, mine: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -58,6 +80,14 @@ class ProcessGroup:
         parts = [torch.empty_like(mine) for _ in range(self.world)]
         dist.all_gather(parts, mine.contiguous())
         return parts
+
+    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+        """See `Group.exchange`."""
+        width = mine.shape[2]
+        found = mine.new_empty(sum(counts) * width)
+        sent = [mine.shape[1] * width] * self.world
+        dist.all_to_all_single(found, mine.contiguous().view(-1), [count * width for count in counts], sent)
+        return found.view(-1, width)
 
     def sum(self, mine: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -116,9 +146,62 @@ def gather_chunks(group: Group, mine: Tensor, chunks: int) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(group.gather(padded), counts, strict=True)])
 
 
+def own_nodes(held: range, chunks: int) -> list[range]:
+    """The largest nodes of the tree over `chunks` rows that lie within `held`, as ranges of rows, in order.
+
+    A node of level l covers rows i 2^l to (i + 1) 2^l, those that there are; its value is `tree_sum` of them.
+    """
+
+    def below(begin: int, width: int) -> list[range]:
+        end = min(begin + width, chunks)
+        if begin >= end or end <= held.start or held.stop <= begin:
+            return []
+        if held.start <= begin and end <= held.stop:
+            return [range(begin, end)]
+        return below(begin, width // 2) + below(begin + width // 2, width // 2)
+
+    return below(0, _width(chunks))
+
+
+def join(nodes: Sequence[range], rows: Tensor, chunks: int) -> Tensor:
+    """The value of the whole tree from the values of nodes that together cover it: `[len(nodes), ...] -> [...]`."""
+    known: dict[tuple[int, int], Tensor] = {(n.start, n.stop): row for n, row in zip(nodes, rows, strict=True)}
+
+    def value(begin: int, width: int) -> Tensor:
+        found = known.get((begin, min(begin + width, chunks)))
+        if found is not None:
+            return found
+        half = width // 2
+        left = value(begin, half)
+        return left if begin + half >= chunks else left + value(begin + half, half)
+
+    return value(0, _width(chunks))
+
+
+def _width(chunks: int) -> int:
+    """Rows of a full tree that has room for so many."""
+    return 1 << (chunks - 1).bit_length()
+
+
 def exact_sum(group: Group, mine: Tensor, chunks: int) -> Tensor:
-    """Sum over all chunks, the same bits for every number of workers: `[c, P] -> [P]`."""
-    return tree_sum(gather_chunks(group, mine, chunks))
+    """Sum over all chunks along the tree, the same bits for every number of workers: `[c, P] -> [P]`.
+
+    Args:
+        group: the workers.
+        mine: a row for each chunk dealt to this rank; c may be 0.
+        chunks: number of chunks of the step, >= 1.
+    """
+    dealt = [dealt_to(rank, group.world, chunks) for rank in range(group.world)]
+    nodes = [own_nodes(held, chunks) for held in dealt]
+    first, size = dealt[group.rank].start, mine.shape[1]
+    segment = -(-size // group.world)
+    padded = mine.new_zeros(len(nodes[group.rank]), segment * group.world)
+    for row, node in zip(padded, nodes[group.rank], strict=True):
+        row[:size] = tree_sum(mine[node.start - first : node.stop - first])
+    by_segment = padded.view(-1, group.world, segment).transpose(0, 1)
+    rows = group.exchange(by_segment, [len(own) for own in nodes])
+    added = join([node for own in nodes for node in own], rows, chunks)
+    return torch.cat(group.gather(added))[:size]
 
 
 def fast_sum(group: Group, mine: Tensor) -> Tensor:

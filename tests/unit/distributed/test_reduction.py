@@ -1,11 +1,22 @@
 """Exact reduction: the same bits whoever holds which chunk, over real gloo groups."""
 
+import math
+
 import pytest
 import torch
 from helpers.gloo import run_group
 
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
-from imaml_dist.distributed.reduction import Alone, ProcessGroup, exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.distributed.reduction import (
+    Alone,
+    ProcessGroup,
+    exact_sum,
+    fast_sum,
+    gather_chunks,
+    join,
+    own_nodes,
+    tree_sum,
+)
 
 CHUNKS, SIZE = 7, 1001
 
@@ -67,6 +78,27 @@ def test_tree_sum_adds_every_row_once_in_pairs(n):
         raise AssertionError(name)
 
     assert torch.equal(tree_sum(values), by_name(names[0]))
+
+
+@pytest.mark.parametrize("world", range(1, 12))
+@pytest.mark.parametrize("chunks", range(1, 23))
+def test_partial_sums_of_any_ranks_join_to_the_bits_of_the_tree(world, chunks):
+    rows = torch.randn(chunks, 3, generator=torch.Generator().manual_seed(chunks))
+    nodes = [node for rank in range(world) for node in own_nodes(dealt_to(rank, world, chunks), chunks)]
+    assert [row for node in nodes for row in node] == list(range(chunks)), "every row once, in order"
+    values = torch.stack([tree_sum(rows[node.start : node.stop]) for node in nodes])
+    assert torch.equal(join(nodes, values, chunks), tree_sum(rows))
+
+
+@pytest.mark.parametrize("chunks", [8, 24, 100, 1000])
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 7, 8, 64])
+def test_traffic_stays_near_that_of_an_all_reduce(world, chunks):
+    for rank in range(world):
+        held = dealt_to(rank, world, chunks)
+        rows = len(own_nodes(held, chunks))
+        assert rows <= max(0, 2 * math.log2(len(held) + 1))
+        if chunks % world == 0 and (len(held) & (len(held) - 1)) == 0:
+            assert rows == 1
 
 
 @pytest.mark.parametrize("world", range(1, 12))
