@@ -75,12 +75,13 @@ def prepare_glyphs(
     out: Out = "data/glyphs",
     seed: Annotated[int, typer.Option(help="Of the rendering.")] = 0,
     endpoint: Endpoint = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Render the embedded data set: glyphs of the fonts shipped with matplotlib, unseen scripts for testing."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_glyphs(_storage(out, endpoint), seed)
+        prepare.prepare_glyphs(_storage(out, endpoint, anonymous), seed)
 
 
 @prepare_app.command("omniglot")
@@ -94,12 +95,13 @@ def prepare_omniglot(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split into train, val and test.")] = 0,
     endpoint: Endpoint = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Omniglot: 1,623 characters at 28x28; 1,100 train (with rotations), 100 val, 423 test."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_omniglot(_storage(out, endpoint), source, seed)
+        prepare.prepare_omniglot(_storage(out, endpoint, anonymous), source, seed)
 
 
 @prepare_app.command("mini-imagenet")
@@ -112,12 +114,13 @@ def prepare_mini_imagenet(
     size: Size = 84,
     skip_bad: SkipBad = False,
     endpoint: Endpoint = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """mini-ImageNet from your own copy, by the split of Ravi and Larochelle: 64 train, 16 val, 20 test classes."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_mini_imagenet(_storage(out, endpoint), source, size, skip_bad)
+        prepare.prepare_mini_imagenet(_storage(out, endpoint, anonymous), source, size, skip_bad)
 
 
 @prepare_app.command("folder")
@@ -136,23 +139,28 @@ def prepare_folder(
     ] = (64, 16, 20),
     skip_bad: SkipBad = False,
     endpoint: Endpoint = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Any PNG and JPEG images, a folder for each class."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_folder(_storage(out, endpoint), source, name, (size, grey), seed, parts, skip_bad)
+        storage = _storage(out, endpoint, anonymous)
+        prepare.prepare_folder(storage, source, name, (size, grey), seed, parts, skip_bad)
 
 
 @prepare_app.command("shards")
 def prepare_shards(
-    out: Out, name: Annotated[str, typer.Option(help="Of the data set.")] = "shards", endpoint: Endpoint = None
+    out: Out,
+    name: Annotated[str, typer.Option(help="Of the data set.")] = "shards",
+    endpoint: Endpoint = None,
+    anonymous: Anonymous = False,
 ) -> None:
     """Index shards that you wrote with webdataset (train-000000.tar, ...), where they are."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_shards(_storage(out, endpoint), name)
+        prepare.prepare_shards(_storage(out, endpoint, anonymous), name)
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from imaml_dist.data.cache import default_folder
-from imaml_dist.data.index import Index, read_index
+from imaml_dist.data.index import SPLITS, Index, read_index
 from imaml_dist.data.prepare import folder, glyphs, mini_imagenet, omniglot, own_shards
 from imaml_dist.data.prepare.decode import Form
 from imaml_dist.data.records import AnyRecord
@@ -56,9 +56,8 @@ def prepare_mini_imagenet(storage: Storage, source: str, size: int, skip_bad: bo
     """Bring mini-ImageNet into shards, from the user's own copy of its images and the split's CSV files."""
     form = _form(size, grey=False)
     splits, digest = mini_imagenet.mini_imagenet_splits(local_path(source), form, skip_bad=skip_bad)
-    wanted = {"kind": mini_imagenet.NAME, "size": size, "skip_bad": skip_bad, "sha256": digest, **_decoder()}
-    if not _is_done(storage, wanted):
-        _write(storage, mini_imagenet.NAME, splits, wanted)
+    settings = {"kind": mini_imagenet.NAME, "size": size, **_decoder()}
+    _prepare_images(storage, mini_imagenet.NAME, splits, settings, {"skip_bad": skip_bad, "sha256": digest})
 
 
 def prepare_folder(
@@ -69,10 +68,18 @@ def prepare_folder(
     splits, digest = folder.folder_splits(
         local_path(source), _form(size, grey), seed=seed, parts=parts, skip_bad=skip_bad
     )
-    facts = {"name": name, "size": size, "grey": grey, "seed": seed, "parts": list(parts), "skip_bad": skip_bad}
-    wanted = {"kind": "folder", **facts, "sha256": digest, **_decoder()}
-    if not _is_done(storage, wanted):
-        _write(storage, name, splits, wanted)
+    settings = {"kind": "folder", "size": size, "grey": grey, **_decoder()}
+    facts = {"name": name, "seed": seed, "parts": list(parts), "skip_bad": skip_bad, "sha256": digest}
+    _prepare_images(storage, name, splits, settings, facts)
+
+
+def _prepare_images(
+    storage: Storage, name: str, splits: Splits, settings: Mapping[str, Any], facts: Mapping[str, Any]
+) -> None:
+    """`settings` decide about the bytes of a shard, together with its images; so one mended image does not undo the others."""
+    wanted = {**settings, **facts}
+    if not _is_done(storage, wanted, ignore=("skipped",)):
+        _write(storage, name, splits, wanted, settings=settings)
 
 
 def prepare_shards(storage: Storage, name: str) -> None:
@@ -125,6 +132,7 @@ def _write(
     splits: Splits,
     provenance: Mapping[str, Any],
     rotations: Mapping[str, int] | None = None,
+    settings: Mapping[str, Any] | None = None,
 ) -> None:
     with console.progress("writing classes") as show:
         index = write_dataset(
@@ -132,6 +140,7 @@ def _write(
             name,
             splits,
             provenance,
+            settings=settings,
             rotations=rotations,
             progress=lambda done, total: show(done, total, ""),
         )
@@ -148,5 +157,5 @@ def _write(
 
 
 def _described(index: Index) -> str:
-    counts = ", ".join(f"{len(classes)} {split} classes" for split, classes in index.splits.items())
+    counts = ", ".join(f"{len(index.splits[split])} {split} classes" for split in SPLITS if split in index.splits)
     return f"{index.name} with {counts}, fingerprint {index.fingerprint[:12]}"

@@ -1,9 +1,8 @@
-"""Reading a data set, wherever it lies: every record is verified before its first use, and used in place."""
+"""Reading a data set, wherever it lies: every record is verified before its first use."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -12,16 +11,13 @@ import numpy as np
 
 from imaml_dist.data.cache import DEFAULT_BUDGET, CacheCounters, NodeCache
 from imaml_dist.data.cached import CachedShards
+from imaml_dist.data.in_place import ShardsInPlace
 from imaml_dist.data.index import ClassEntry, read_index
-from imaml_dist.data.mapped import MappedShards
 from imaml_dist.data.records import Images
-from imaml_dist.errors import ChangedError, DataError
+from imaml_dist.errors import DataError
 from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.opening import open_storage
 from imaml_dist.storage.options import StorageOptions
-
-LOOKS = 3
-"""At a shard that is written to while it is read, before giving up."""
 
 
 @dataclass(frozen=True)
@@ -38,10 +34,14 @@ class CacheOptions:
 
 
 class Shards(Protocol):
-    """Where the pixel bytes of class records come from."""
+    """Where the images of class records come from, all of them verified."""
 
-    def held(self, entries: Sequence[ClassEntry]) -> AbstractContextManager[list[memoryview]]:
-        """Verified pixel bytes of each entry, good until the block ends without an error."""
+    def gather(self, wanted: Sequence[tuple[ClassEntry, Sequence[int]]]) -> list[Images]:
+        """Chosen images of classes, `[k, H, W, C]` each, as stored."""
+        ...
+
+    def fetch(self, entries: Sequence[ClassEntry]) -> None:
+        """Have classes at hand."""
         ...
 
     def check(self) -> None:
@@ -75,7 +75,7 @@ class Dataset:
         """Of the node's cache; None where the data set is used where it lies."""
         self._shards: Shards
         if isinstance(place, Folder):
-            self._shards = MappedShards(place.path, self.index.shards)
+            self._shards = ShardsInPlace(place.path, self.index.shards)
         else:
             node = NodeCache(kept.folder, kept.budget)
             self.cached = node.counters
@@ -104,26 +104,13 @@ class Dataset:
             DataError: a record does not match the index; the message names shard, class and bytes.
             StorageError: storage fails for longer than its options allow.
         """
-        entries = [entry for entry, _ in wanted]
-        for look in range(1, LOOKS + 1):
-            try:
-                with self._shards.held(entries) as views:
-                    return [_chosen(view, *pair) for view, pair in zip(views, wanted, strict=True)]
-            except ChangedError:
-                if look == LOOKS:
-                    raise
-        raise AssertionError
+        found = self._shards.gather(wanted)
+        return [np.rot90(i, e.rot, axes=(1, 2)) if e.rot else i for i, (e, _) in zip(found, wanted, strict=True)]
 
     def fetch(self, entries: Sequence[ClassEntry]) -> None:
         """Have classes at hand before their images are asked for."""
-        with self._shards.held(entries):
-            pass
+        self._shards.fetch(entries)
 
     def close(self) -> None:
         """End what runs in the background."""
         self._shards.close()
-
-
-def _chosen(pixels: memoryview, entry: ClassEntry, numbers: Sequence[int]) -> Images:
-    images = np.frombuffer(pixels, dtype=np.uint8).reshape(entry.shape)[list(numbers)]
-    return np.rot90(images, entry.rot, axes=(1, 2)) if entry.rot else images

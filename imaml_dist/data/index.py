@@ -158,10 +158,10 @@ def read_index(storage: Storage) -> Index:
     """
     where = f"{storage.url}/{FILE_NAME}"
     try:
-        size = storage.stat(FILE_NAME).size
-        if size > MAX_BYTES:
-            raise DataError(f"{where} is {size} bytes long, an index has at most {MAX_BYTES}; check the URL")
-        return Index.from_json(storage.read(FILE_NAME), where)
+        found = storage.stat(FILE_NAME)
+        if found.size > MAX_BYTES:
+            raise DataError(f"{where} is {found.size} bytes long, an index has at most {MAX_BYTES}; check the URL")
+        return Index.from_json(storage.read(FILE_NAME, version=found.version), where)
     except MissingError as error:
         raise DataError(
             f"data.url: {storage.url} has no {FILE_NAME}; check the URL, or write the data set with `imaml prepare`, which puts "
@@ -195,11 +195,15 @@ def _check(index: Index, where: str) -> None:
     if not any(index.splits.values()):
         raise DataError(f"{where} lists no class; prepare the data set again")
     shape = next(c for classes in index.splits.values() for c in classes).shape[1:]
+    names: set[str] = set()
     for shard in index.shards:
-        if not _SHARD_NAME.match(shard.name) or shard.size < 1:
+        if not _SHARD_NAME.match(shard.name) or shard.size < 1 or shard.name in names:
             raise DataError(
-                f"{where}: shard {shard.name[:80]!r} of {shard.size} bytes: not a plain file name, or empty"
+                f"{where}: shard {shard.name[:80]!r} of {shard.size} bytes: not a plain file name, listed twice, or empty"
             )
+        if not all(0 <= gap < 1 << 32 for gap in shard.gaps):
+            raise DataError(f"{where}: shard {shard.name} has gaps that are no CRC32 numbers")
+        names.add(shard.name)
     for split, classes in index.splits.items():
         keys = [c.key.encode() for c in classes]
         if keys != sorted(set(keys)):

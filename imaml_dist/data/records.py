@@ -18,7 +18,7 @@ class ClassRecord:
     Attributes:
         key: unique in its split; letters, digits, `_`, `-`, `@` and `/` only. The canonical class id is the rank of
             the key in bytewise order.
-        images: uint8 `[n, H, W, C]`; ink on background: 255 is full ink, 0 is empty.
+        images: uint8 `[n, H, W, C]`; drawings are ink on background (255 is full ink), photographs as they are.
         name: for people.
         sources: where each image came from, n strings (archive member, font name), for audits.
         skipped: images that could not be read and were left out, a sentence each.
@@ -35,6 +35,16 @@ class ClassRecord:
         """Of the images."""
         return self.images.shape
 
+    @property
+    def digest(self) -> str:
+        """Of what the images are made from: not known, the provenance has it."""
+        return ""
+
+    @property
+    def may_skip(self) -> bool:
+        """Whether images were left out."""
+        return bool(self.skipped)
+
     def load(self) -> ClassRecord:
         """Itself; see `LazyRecord`."""
         return self
@@ -48,11 +58,15 @@ class LazyRecord:
         key: see `ClassRecord`.
         shape: of the images, `(n, H, W, C)`; the record may turn out to have fewer than n.
         load: makes the record.
+        digest: changes whenever what the images are made from does.
+        may_skip: images that cannot be read may be left out.
     """
 
     key: str
     shape: tuple[int, ...]
     load: Callable[[], ClassRecord]
+    digest: str = ""
+    may_skip: bool = False
 
 
 AnyRecord = ClassRecord | LazyRecord

@@ -15,16 +15,18 @@ import re
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from imaml_dist.data.index import FILE_NAME, ClassEntry, Index, ShardEntry, canonical
+from imaml_dist.data.publishing import alone, another, publish, version_of
 from imaml_dist.data.records import AnyRecord, ClassRecord
-from imaml_dist.errors import ChangedError, DataError, MissingError
+from imaml_dist.errors import ChangedError, MissingError
 from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.protocol import ABSENT, Storage
 
@@ -40,11 +42,22 @@ _SHARD = re.compile(r"(?:train|val|test)-\d{6}\.tar\Z")
 
 @dataclass(frozen=True)
 class _Plan:
-    """One shard to be written."""
+    """One shard to be written; `asked` is a digest of all that decides about its bytes."""
 
     name: str
     split: str
     records: tuple[AnyRecord, ...]
+    asked: str
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """A shard that was written: its version, and what the index says of it and (but for shard and turn) of its classes."""
+
+    asked: str
+    version: str
+    shard: ShardEntry
+    classes: list[dict[str, Any]]
 
 
 def write_dataset(
@@ -53,6 +66,7 @@ def write_dataset(
     splits: Mapping[str, Sequence[AnyRecord]],
     provenance: Mapping[str, Any],
     *,
+    settings: Mapping[str, Any] | None = None,
     rotations: Mapping[str, int] | None = None,
     shard_bytes: int = SHARD_BYTES,
     progress: Callable[[int, int], None] | None = None,
@@ -61,12 +75,14 @@ def write_dataset(
 
     Records are loaded when their turn comes, so no more than one class is held in memory. A preparation that was interrupted
     goes on with the first shard that is missing, if it is asked for the same. What an earlier preparation left is replaced.
+    Images that records left out are counted in the provenance, and listed beside the index.
 
     Args:
         place: storage, or a folder; made if missing.
         name: of the data set.
         splits: class records by split.
         provenance: facts about the source (digests, seeds); part of the fingerprint, JSON only.
+        settings: what decides about the bytes of a shard beside its records' keys, shapes and digests; the provenance if None.
         rotations: by split, how many quarter turns 1..4 of each class count as classes of their own; default 1.
         shard_bytes: target size of a shard.
         progress: called with (classes written, classes in all).
@@ -75,66 +91,52 @@ def write_dataset(
         The index as written.
 
     Raises:
-        ValueError: an image array of another type or shape, or a key with other characters than allowed.
-        DataError: another preparation has published its index here meanwhile.
+        ValueError: an image array of another type or shape, or a key twice, or with other characters than allowed.
+        DataError: another preparation writes here at the same time.
         StorageError: storage fails.
     """
     storage: Storage = Folder(place) if isinstance(place, Path) else place
-    plans = list(_plans(splits, shard_bytes))
-    asked = hashlib.sha256(
-        canonical(
-            {
-                "name": name,
-                "provenance": dict(provenance),
-                "shards": [[plan.name, [[r.key, list(r.shape)] for r in plan.records]] for plan in plans],
-            }
-        )
-    ).hexdigest()
+    plans = list(_plans(splits, shard_bytes, provenance if settings is None else settings))
     storage.remove(FILE_NAME)
     total, done = sum(len(plan.records) for plan in plans), 0
-    shards: list[ShardEntry] = []
-    skipped: list[str] = []
-    entries: dict[str, list[ClassEntry]] = {split: [] for split in splits}
-    for plan in plans:
-        finished = _finished(storage, plan, asked)
-        if finished is None:
 
-            def one_more(before: int = done) -> None:
-                nonlocal done
-                done += 1
-                if progress is not None:
-                    progress(done, total)
+    def one_more() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, total)
 
-            finished = _write_shard(storage, plan, asked, one_more)
+    written: list[_Finished] = []
+    ours: dict[str, tuple[str, ShardEntry]] = {}
+    with alone(storage, ours):
+        for plan in plans:
+            finished = _finished(storage, plan)
+            if finished is None:
+                finished = _write_shard(storage, plan, one_more)
+            else:
+                done += len(plan.records)
+            written.append(finished)
+            ours[plan.name] = finished.version, finished.shard
+        skipped = [line for shard in written for entry in shard.classes for line in entry.pop("skipped")]
+        listed = "".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace")
+        if skipped:
+            storage.write(SKIPPED_NAME, listed)
+            facts = {"skipped": {"images": len(skipped), "sha256": hashlib.sha256(listed).hexdigest()}}
         else:
-            done += len(plan.records)
-        shard, classes = finished
-        shards.append(shard)
-        for entry in classes:
-            skipped += entry.pop("skipped")
-            for rot in range((rotations or {}).get(plan.split, 1)):
-                key = entry["key"] if rot == 0 else f"{entry['key']}@rot{90 * rot:03d}"
-                entries[plan.split].append(
-                    ClassEntry(
-                        **entry | {"key": key, "shape": tuple(entry["shape"]), "shard": len(shards) - 1, "rot": rot}
-                    )
-                )
-    index = Index(
-        name=name,
-        provenance=dict(provenance),
-        shards=tuple(shards),
-        splits={split: tuple(sorted(classes, key=lambda c: c.key.encode())) for split, classes in entries.items()},
-    )
-    if skipped:
-        storage.write(SKIPPED_NAME, "".join(f"{line}\n" for line in skipped).encode())
-    else:
-        storage.remove(SKIPPED_NAME)
-    publish(storage, index)
+            storage.remove(SKIPPED_NAME)
+            facts = {}
+        entries = _entries(splits, plans, written, rotations or {})
+        index = Index(name, {**provenance, **facts}, tuple(shard.shard for shard in written), entries)
+        publish(storage, index, {shard: version for shard, (version, _) in ours.items()})
+    _tidy(storage, {shard.name for shard in index.shards})
     return index
 
 
-def _plans(splits: Mapping[str, Sequence[AnyRecord]], shard_bytes: int) -> Iterator[_Plan]:
+def _plans(splits: Mapping[str, Sequence[AnyRecord]], shard_bytes: int, settings: Mapping[str, Any]) -> Iterator[_Plan]:
     for split, records in splits.items():
+        keys = Counter(record.key for record in records)
+        if again := [key for key, count in keys.items() if count > 1]:
+            raise ValueError(f"class key {again[0]!r} is in split {split!r} twice")
         groups: list[list[AnyRecord]] = []
         size = shard_bytes
         for record in sorted(records, key=lambda r: r.key.encode()):
@@ -144,7 +146,23 @@ def _plans(splits: Mapping[str, Sequence[AnyRecord]], shard_bytes: int) -> Itera
             groups[-1].append(record)
             size += math.prod(record.shape)
         for number, group in enumerate(groups):
-            yield _Plan(f"{split}-{number:06d}.tar", split, tuple(group))
+            wanted = [[record.key, list(record.shape), record.digest] for record in group]
+            asked = hashlib.sha256(canonical({"settings": dict(settings), "records": wanted})).hexdigest()
+            yield _Plan(f"{split}-{number:06d}.tar", split, tuple(group), asked)
+
+
+def _entries(
+    splits: Iterable[str], plans: Sequence[_Plan], written: Sequence[_Finished], rotations: Mapping[str, int]
+) -> dict[str, tuple[ClassEntry, ...]]:
+    """Of all classes by split, those derived by rotation as well, in canonical order."""
+    entries: dict[str, list[ClassEntry]] = {split: [] for split in splits}
+    for number, (plan, finished) in enumerate(zip(plans, written, strict=True)):
+        for entry in finished.classes:
+            for rot in range(rotations.get(plan.split, 1)):
+                key = entry["key"] if rot == 0 else f"{entry['key']}@rot{90 * rot:03d}"
+                place = {"key": key, "shape": tuple(entry["shape"]), "shard": number, "rot": rot}
+                entries[plan.split].append(ClassEntry(**entry | place))
+    return {split: tuple(sorted(found, key=lambda c: c.key.encode())) for split, found in entries.items()}
 
 
 def _note(shard: str) -> str:
@@ -152,29 +170,36 @@ def _note(shard: str) -> str:
     return f".{shard}.json"
 
 
-def _finished(storage: Storage, plan: _Plan, asked: str) -> tuple[ShardEntry, list[dict[str, Any]]] | None:
+def _finished(storage: Storage, plan: _Plan) -> _Finished | None:
     """What an interrupted preparation of the same noted of a shard, if the shard is still the one it wrote."""
     try:
-        noted = json.loads(storage.read(_note(plan.name)))
-        if noted["asked"] != asked or storage.stat(plan.name).version != noted["version"]:
+        noted = _Finished(**json.loads(storage.read(_note(plan.name))))
+        if noted.asked != plan.asked or noted.version != version_of(storage, plan.name):
             return None
-        shard = ShardEntry(**noted["shard"] | {"gaps": tuple(noted["shard"]["gaps"])})
-        return shard, list(noted["classes"])
+        if any(entry["skipped"] for entry in noted.classes) and not all(r.may_skip for r in plan.records):
+            return None
+        raw: Any = noted.shard
+        return replace(noted, shard=ShardEntry(**raw | {"gaps": tuple(raw["gaps"])}))
     except (MissingError, ValueError, KeyError, TypeError):
         return None
 
 
-def _write_shard(
-    storage: Storage, plan: _Plan, asked: str, one_more: Callable[[], None]
-) -> tuple[ShardEntry, list[dict[str, Any]]]:
+def _write_shard(storage: Storage, plan: _Plan, one_more: Callable[[], None]) -> _Finished:
+    """Write a shard and a note of it, unless somebody else writes here as well."""
+    before = version_of(storage, plan.name)
     with tempfile.TemporaryDirectory(prefix="imaml-prepare-") as scratch:
         path = Path(scratch) / plan.name
         classes = _build(path, plan.records, one_more)
         shard = shard_entry(path, [(c["offset"] + c["header"], math.prod(c["shape"])) for c in classes])
-        version = storage.write(plan.name, path)
-    noted = {"asked": asked, "version": version, "shard": asdict(shard), "classes": classes}
-    storage.write(_note(plan.name), canonical(noted))
-    return shard, classes
+        if version_of(storage, FILE_NAME) != ABSENT:
+            raise another(storage, FILE_NAME)
+        try:
+            version = storage.write(plan.name, path, only_if=before)
+        except ChangedError as error:
+            raise another(storage, plan.name) from error
+    finished = _Finished(plan.asked, version, shard, classes)
+    storage.write(_note(plan.name), canonical(asdict(finished)))
+    return finished
 
 
 def _build(path: Path, records: Sequence[AnyRecord], one_more: Callable[[], None]) -> list[dict[str, Any]]:
@@ -249,20 +274,9 @@ def crc32_of(file: BinaryIO, begin: int, end: int) -> int:
     return found
 
 
-def publish(storage: Storage, index: Index) -> None:
-    """Write an index where there is none, and remove shards that it does not list.
-
-    Raises:
-        DataError: somebody else has written one meanwhile.
-    """
-    try:
-        storage.write(FILE_NAME, index.to_json().encode(), only_if=ABSENT)
-    except ChangedError as error:
-        raise DataError(
-            f"{storage.url}: another preparation has written its {FILE_NAME} here meanwhile; let one finish, then `imaml verify` it"
-        ) from error
-    listed = {shard.name for shard in index.shards}
-    for name in [name for name, _ in storage.names() if _SHARD.match(name) and name not in listed]:
-        storage.remove(name)
-    for shard in index.shards:
-        storage.remove(_note(shard.name))
+def _tidy(storage: Storage, listed: set[str]) -> None:
+    """Remove all notes, and the shards of an earlier preparation."""
+    for name in [name for name, _ in storage.names() if _SHARD.match(name)]:
+        storage.remove(_note(name))
+        if name not in listed:
+            storage.remove(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
@@ -12,6 +13,7 @@ BLOCK = 512
 MAX_NAME, MAX_EXTENSION, MAX_MEMBERS = 512, 64 << 10, 1 << 20
 """Bytes of a name and of an extended header, and members of one tar."""
 
+_OCTAL = re.compile(rb"[ \0]*([0-7]*)[ \0]*")
 _PLAIN = (b"0", b"\0")
 _FOLDER = b"5"
 _EXTENDED, _LONG_NAME = (b"x", b"X"), b"L"
@@ -57,11 +59,11 @@ def members(file: BinaryIO, size: int, where: str) -> Iterator[Member]:
             _check_end(file, place, size, where)
             return
         kind, length = header[156:157], _number(header[124:136], where, place)
-        if _number(header[148:156], where, place) != sum(header[:148]) + 8 * 32 + sum(header[156:]):
+        if _number(header[148:156], where, place) != sum(header) - sum(header[148:156]) + 8 * 32:
             raise _refused(where, place, "a header that does not match its own checksum")
         content = place + BLOCK
         if kind in _EXTENDED or kind == _LONG_NAME:
-            if length > MAX_EXTENSION:
+            if not 0 <= length <= MAX_EXTENSION:
                 raise _refused(
                     where, place, f"an extended header of {length} bytes, at most {MAX_EXTENSION} are allowed"
                 )
@@ -78,6 +80,8 @@ def members(file: BinaryIO, size: int, where: str) -> Iterator[Member]:
         length = int(extended.get("size", length))
         if not 0 <= length <= size - content:
             raise _refused(where, place, f"a member of {length} bytes, which is more than the archive has")
+        if kind == _FOLDER and length:
+            raise _refused(where, place, "a folder with content")
         if (count := count + 1) > MAX_MEMBERS:
             raise _refused(where, place, f"more than {MAX_MEMBERS} members")
         if kind in _PLAIN:
@@ -98,11 +102,13 @@ def _check_end(file: BinaryIO, place: int, size: int, where: str) -> None:
 def _pax(told: bytes, where: str, place: int) -> dict[str, bytes]:
     """Records `<length> <key>=<value>\\n` of an extended header."""
     found: dict[str, bytes] = {}
-    while told:
+    at = 0
+    while at < len(told):
         try:
-            length = int(told[: told.index(b" ")])
-            key, _, value = told[told.index(b" ") + 1 : length - 1].partition(b"=")
-            if not 0 < length <= len(told) or told[length - 1 : length] != b"\n":
+            space = told.index(b" ", at, at + 20)
+            end = at + int(told[at:space])
+            key, _, value = told[space + 1 : end - 1].partition(b"=")
+            if not space < end <= len(told) or told[end - 1 : end] != b"\n":
                 raise ValueError
         except ValueError as error:
             raise _refused(where, place, "an extended header that cannot be read") from error
@@ -110,15 +116,15 @@ def _pax(told: bytes, where: str, place: int) -> dict[str, bytes]:
             raise _refused(where, place, "a sparse file")
         if key in (b"path", b"size"):
             found[key.decode()] = value
-        told = told[length:]
-    if not found.get("size", b"0").isdigit():
+        at = end
+    if not re.fullmatch(rb"[0-9]{1,20}", found.get("size", b"0")):
         raise _refused(where, place, "an extended header that cannot be read")
     return found
 
 
 def _own_name(header: bytes) -> bytes:
     name, prefix = (field.partition(b"\0")[0] for field in (header[:100], header[345:500]))
-    return prefix + b"/" + name if prefix and header[257:262] == b"ustar" else name
+    return prefix + b"/" + name if prefix and header[257:263] == b"ustar\0" else name
 
 
 def _name(raw: bytes, where: str, place: int) -> str:
@@ -135,10 +141,10 @@ def _name(raw: bytes, where: str, place: int) -> str:
 def _number(field: bytes, where: str, place: int) -> int:
     if field[:1] in (b"\x80", b"\xff"):
         return int.from_bytes(field[1:], "big", signed=False) if field[:1] == b"\x80" else -1
-    digits = field.strip(b" \0")
-    if not all(digit in b"01234567" for digit in digits):
+    digits = _OCTAL.fullmatch(field)
+    if digits is None:
         raise _refused(where, place, "a header with a number that is none")
-    return int(digits or b"0", 8)
+    return int(digits[1] or b"0", 8)
 
 
 def _padded(length: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 import zlib
 
 from imaml_dist.data.blocks import Record
@@ -9,6 +10,12 @@ from imaml_dist.data.index import ShardEntry
 from imaml_dist.errors import DataError
 
 _CURE = "copy it again or prepare the data set again"
+
+
+def open_files() -> int:
+    """How many files a data set may keep open: a quarter of what the process may, 64 at least."""
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(64, min(soft, 1 << 20) // 4)
 
 
 def damaged(pixels: memoryview, record: Record) -> bool:

@@ -4,7 +4,6 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -96,7 +95,9 @@ struct Patches {
     padded.resize(s.image() + 1), patches.resize(s.block() * s.positions() * s.patch());
     rows = {g.to, {0}, {}};
     for (int64_t r = 0; r < g.rows(); ++r) rows.from.push_back(r * s.patch());
-    for (const int32_t place : g.from)
+    TORCH_CHECK(s.image() <= INT32_MAX, "conv2d got images of ", s.image(), " values and a kernel of ", s.patch(),
+                "; those for kernels of up to 32 values may have ", INT32_MAX, ", so use smaller images or execution vmap");
+    for (const int64_t place : g.from)
       for (int64_t k = 0; k < s.c; ++k) from.push_back(place < 0 ? s.image() : place + k);
   }
   int64_t size() const { return s.positions() * s.patch(); }
@@ -104,7 +105,10 @@ struct Patches {
     T* out = patches.data();
     for (int64_t m = 0; m < images; ++m, image += s.image(), out += size()) {
       std::copy_n(image, s.image(), padded.data());  // and a zero behind it
-      for (size_t k = 0; k < from.size(); ++k) out[k] = padded[from[k]];
+      at::parallel_for(0, from.size(), WORTH_A_THREAD / 16,
+                       [out, from = from.data(), padded = padded.data()](int64_t begin, int64_t end) {
+                         for (int64_t k = begin; k < end; ++k) out[k] = padded[from[k]];
+                       });
     }
     return patches.data();
   }
@@ -145,7 +149,7 @@ Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<T
   Tensor y = empty_images(s.tasks, s.n, s.o, s.oh, s.ow, x);
   const Gather places = places_under_kernel(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_output", [&] {
-    at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+    over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
       Buffer<scalar_t> matrix(s.patch() * padded<scalar_t>(s.o)), start(padded<scalar_t>(s.o));
       Patches<scalar_t> small(s, places);
       for (int64_t t = begin; t < end; ++t) {
@@ -175,7 +179,7 @@ Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, 
   const Tensor g = channels_last(g_), k = rows_apart(k_);
   const std::vector<Gather> all = places_over_input(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_input", [&] {
-    at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+    over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
       Buffer<scalar_t> turned(s.patch() * padded<scalar_t>(s.o)), matrix(s.taps() * s.o * padded<scalar_t>(s.c));
       for (int64_t t = begin; t < end; ++t) {
         outputs_last(s, k.const_data_ptr<scalar_t>() + t * k.stride(0), turned.data());
@@ -198,7 +202,7 @@ Tensor contract_kernel(const Tensor& x_, const Tensor& g_, int64_t kh, int64_t k
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_kernel", [&] {
     const int64_t width = padded<scalar_t>(s.o);
     const Tensor images = channels_last(g_), g = width == s.o ? images : at::constant_pad_nd(images, {0, width - s.o});
-    at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+    over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
       Buffer<scalar_t> matrix(s.patch() * width);
       Patches<scalar_t> small(s, places);
       for (int64_t t = begin; t < end; ++t) {

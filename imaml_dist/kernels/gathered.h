@@ -3,6 +3,8 @@
 
 #pragma once
 
+#include <ATen/Parallel.h>
+
 #include <algorithm>
 #include <cstdint>
 #include <utility>
@@ -26,6 +28,9 @@ int64_t padded(int64_t width) {
   return (width + LANES<T> - 1) / LANES<T> * LANES<T>;
 }
 
+// Products below which a second thread costs more than it brings.
+constexpr int64_t WORTH_A_THREAD = 1 << 18;
+
 // f(std::integral_constant<int, n>) for a number that is known only now, 1 <= n <= most.
 template <int most, typename F>
 void with_constant(int64_t n, const F& f) {
@@ -37,7 +42,7 @@ void with_constant(int64_t n, const F& f) {
 // Rows of one result image: row r is the sum over entries e of the `depth` values at place from[r, e] of an image, zeros if it
 // is -1, times part taps[e] of a matrix; it belongs to place to[r] of the result.
 struct Gather {
-  std::vector<int32_t> to, taps, from;
+  std::vector<int64_t> to, taps, from;
   int64_t rows() const { return to.size(); }
   int64_t entries() const { return taps.size(); }
 };
@@ -80,40 +85,47 @@ void gathered_tile(const Gather& g, int64_t depth, const T* const* in, const T* 
 }
 
 // out [images, size_out], at the gathered rows `channels` values each, from in [images, size_in], matrix [taps, depth, padded
-// channels] and start [padded channels], which may be null.
+// channels] and start [padded channels], which may be null. Threads that have nothing else to do share the tiles, which are the
+// same for any number of them.
 template <typename T>
 void gathered_product(const Gather& g, int64_t images, const T* in, int64_t size_in, int64_t depth, const T* matrix,
                       const T* start, T* out, int64_t size_out, int64_t channels) {
   using V = Register<T>;
   const int64_t width = padded<T>(channels), rows = images * g.rows(), registers = width / LANES<T>;
+  const int64_t grain = WORTH_A_THREAD / (TALL * g.entries() * depth * width + 1) + 1;
   const std::vector<T> zeros(depth);
-  std::vector<const T*> from(TALL * g.entries());
-  int64_t row = 0;  // of the image at `in` and `out`
-  for (int64_t first = 0; first < rows; first += TALL) {
-    const int64_t tall = std::min<int64_t>(TALL, rows - first);
-    T* to[TALL];
-    for (int64_t r = 0; r < tall; ++r) {
-      to[r] = out + g.to[row];
-      const int32_t* places = g.from.data() + row * g.entries();
-      for (int64_t e = 0; e < g.entries(); ++e) from[e * tall + r] = places[e] < 0 ? zeros.data() : in + places[e];
-      if (++row == g.rows()) row = 0, in += size_in, out += size_out;
-    }
-    for (int64_t n = 0; n < registers; n += DEEP) {
-      const int64_t channel = n * LANES<T>;
-      const T* bias = start ? start + channel : nullptr;
-      with_constant<TALL>(tall, [&](auto R) {
-        with_constant<DEEP>(std::min<int64_t>(DEEP, registers - n), [&](auto N) {
-          gathered_tile<R.value, N.value, T>(g, depth, from.data(), matrix + channel, width, bias, to, channels - channel);
+  at::parallel_for(0, (rows + TALL - 1) / TALL, grain, [&](int64_t begin, int64_t end) {
+    std::vector<const T*> from(TALL * g.entries());
+    const int64_t image = begin * TALL / g.rows(), last = std::min(end * TALL, rows);
+    int64_t row = begin * TALL % g.rows();  // of the image at `source` and `target`
+    const T* source = in + image * size_in;
+    T* target = out + image * size_out;
+    for (int64_t first = begin * TALL; first < last; first += TALL) {
+      const int64_t tall = std::min<int64_t>(TALL, last - first);
+      T* to[TALL];
+      for (int64_t r = 0; r < tall; ++r) {
+        to[r] = target + g.to[row];
+        const int64_t* places = g.from.data() + row * g.entries();
+        for (int64_t e = 0; e < g.entries(); ++e) from[e * tall + r] = places[e] < 0 ? zeros.data() : source + places[e];
+        if (++row == g.rows()) row = 0, source += size_in, target += size_out;
+      }
+      for (int64_t n = 0; n < registers; n += DEEP) {
+        const int64_t channel = n * LANES<T>;
+        const T* bias = start ? start + channel : nullptr;
+        with_constant<TALL>(tall, [&](auto R) {
+          with_constant<DEEP>(std::min<int64_t>(DEEP, registers - n), [&](auto N) {
+            gathered_tile<R.value, N.value, T>(g, depth, from.data(), matrix + channel, width, bias, to, channels - channel);
+          });
         });
-      });
-      for (int64_t r = 0; r < tall; ++r) to[r] += DEEP * LANES<T>;
+        for (int64_t r = 0; r < tall; ++r) to[r] += DEEP * LANES<T>;
+      }
     }
-  }
+  });
 }
 
 // matrix [J, width] of N registers += sum over rows i of in[xs[i]][J] g[gs[i]][N registers].
 template <int J, int N, typename T>
-void outer_tile(int64_t rows, const int32_t* xs, const T* x, const int32_t* gs, const T* g, T* matrix, int64_t width) {
+void outer_tile(int64_t rows, const int64_t* xs, const T* x, const int64_t* gs, const T* g, T* matrix, int64_t width) {
   using V = Register<T>;
   V sum[J][N];
   for (int j = 0; j < J; ++j)
@@ -134,35 +146,39 @@ void outer_tile(int64_t rows, const int32_t* xs, const T* x, const int32_t* gs, 
 }
 
 // The transpose: matrix [taps, depth, padded channels] += sum over images and rows of the values that a row gathers, times the
-// `channels` values of y [images, rows, padded channels].
+// `channels` values of y [images, rows, padded channels]. Threads share the tiles of the matrix; each sums over all rows in order.
 template <typename T>
 void gathered_outer(const Gather& g, int64_t images, const T* x, int64_t size_x, int64_t depth, const T* y, T* matrix,
                     int64_t channels) {
   constexpr int64_t block = 512;
   const int64_t width = padded<T>(channels), rows = images * g.rows(), registers = width / LANES<T>;
-  std::vector<int32_t> xs(block), ys(block);
-  for (int64_t first = 0; first < rows; first += block) {
-    const int64_t image = first / g.rows(), last = std::min(first + block, rows);
-    for (int64_t e = 0; e < g.entries(); ++e) {
-      int64_t count = 0, row = first % g.rows(), begin = 0;
-      for (int64_t i = 0; i < last - first; ++i) {
-        const int32_t place = g.from[row * g.entries() + e];
-        xs[count] = begin + place;
-        ys[count] = i * width;
-        count += place >= 0;
-        if (++row == g.rows()) row = 0, begin += size_x;
-      }
-      T* m = matrix + g.taps[e] * depth * width;
-      for (int64_t n = 0; n < registers; n += DEEP)
-        for (int64_t j = 0; j < depth; j += TALL)
-          with_constant<TALL>(std::min<int64_t>(TALL, depth - j), [&](auto J) {
-            with_constant<DEEP>(std::min<int64_t>(DEEP, registers - n), [&](auto N) {
-              outer_tile<J.value, N.value, T>(count, xs.data(), x + image * size_x + j, ys.data(),
-                                              y + first * width + n * LANES<T>, m + j * width + n * LANES<T>, width);
+  const int64_t tiles = (depth + TALL - 1) / TALL, grain = WORTH_A_THREAD / (rows * TALL * width + 1) + 1;
+  at::parallel_for(0, g.entries() * tiles, grain, [&](int64_t begin, int64_t end) {
+    std::vector<int64_t> xs(block), ys(block);
+    for (int64_t first = 0; first < rows; first += block) {
+      const int64_t image = first / g.rows(), last = std::min(first + block, rows);
+      for (int64_t e = begin / tiles; e * tiles < end; ++e) {
+        int64_t count = 0, row = first % g.rows(), away = 0;
+        for (int64_t i = 0; i < last - first; ++i) {
+          const int64_t place = g.from[row * g.entries() + e];
+          xs[count] = away + place;
+          ys[count] = i * width;
+          count += place >= 0;
+          if (++row == g.rows()) row = 0, away += size_x;
+        }
+        T* m = matrix + g.taps[e] * depth * width;
+        const int64_t from = std::max<int64_t>(0, begin - e * tiles), to = std::min(tiles, end - e * tiles);
+        for (int64_t n = 0; n < registers; n += DEEP)
+          for (int64_t j = from * TALL; j < std::min(to * TALL, depth); j += TALL)
+            with_constant<TALL>(std::min<int64_t>(TALL, depth - j), [&](auto J) {
+              with_constant<DEEP>(std::min<int64_t>(DEEP, registers - n), [&](auto N) {
+                outer_tile<J.value, N.value, T>(count, xs.data(), x + image * size_x + j, ys.data(),
+                                                y + first * width + n * LANES<T>, m + j * width + n * LANES<T>, width);
+              });
             });
-          });
+      }
     }
-  }
+  });
 }
 
 }  // namespace imaml

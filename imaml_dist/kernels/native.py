@@ -12,6 +12,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+import time
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
@@ -24,6 +26,9 @@ SOURCE = Path(__file__).with_name("native.cpp")
 HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-std=c++20", "-fPIC", "-shared")
+
+RETRY_S = 24 * 3600.0
+"""How long a failed compilation is not tried again: a day, for what it failed for may be gone, as a full disk is."""
 
 FOLDER = "IMAML_KERNELS"
 """Environment variable: where compiled kernels are kept; `~/.cache/imaml_dist/kernels` without it."""
@@ -50,6 +55,8 @@ def usable() -> bool:
 @cache
 def load() -> None:
     """Make `conv2d` and `batch_norm` usable in this process; compiles them if that was not done on this machine before.
+
+    A failure is remembered beside where the result would be: the same compiler is not asked again about the same source for a day.
 
     Raises:
         KernelError: there is no C++ compiler, it fails, or the folder for its result cannot be used.
@@ -110,16 +117,25 @@ def _compiler() -> str:
     return found
 
 
+@cache
+def _version(compiler: str) -> str:
+    return subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
+
+
+def _flags(compiler: str) -> tuple[str, ...]:
+    """With OpenMP, without which torch's `parallel_for` is a plain loop, from GNU: others bring a runtime that is not torch's own."""
+    return (*FLAGS, "-fopenmp") if "Free Software Foundation" in _version(compiler) else FLAGS
+
+
 def _library(compiler: str) -> Path:
     """Its name says all that the compiled code depends on: source, torch, compiler, processor."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout  # noqa: S603
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         processor = [line for line in lines if line.startswith(("model name", "flags", "Features"))][:2]
     except OSError:
         processor = []
     sources = [source.read_text(encoding="utf-8") for source in (SOURCE, *HEADERS)]
-    parts = (*sources, torch.__version__, compiler, version, *FLAGS, *processor)
+    parts = (*sources, torch.__version__, compiler, _version(compiler), *_flags(compiler), *processor)
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()
     return _folder() / f"native-{key[:16]}.so"
 
@@ -143,12 +159,23 @@ def _folder() -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
+    failed = library.with_suffix(".failed")  # what the compiler said, for all who would ask it the same for nothing
+    with suppress(OSError):
+        if time.time() - failed.stat().st_mtime < RETRY_S:
+            sentence = failed.read_text(encoding="utf-8")
+            raise KernelError(f"{sentence}; it is tried again after a day, or once {failed} is deleted")
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
     try:
         with tempfile.TemporaryDirectory(dir=library.parent) as scratch:
             result = Path(scratch) / library.name
-            command = [compiler, *FLAGS, f"-I{include}", f"-I{include / 'torch/csrc/api/include'}", str(SOURCE)]
+            command = [
+                compiler,
+                *_flags(compiler),
+                f"-I{include}",
+                f"-I{include / 'torch/csrc/api/include'}",
+                str(SOURCE),
+            ]
             command += ["-o", str(result), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
             if done.returncode == 0:
@@ -157,7 +184,10 @@ def _compile(compiler: str, library: Path) -> None:
     except OSError as error:
         raise KernelError(f"the CPU kernels cannot be compiled ({brief(error)}); use run.execution: vmap") from error
     errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
-    raise KernelError(
+    sentence = (
         f"the CPU kernels cannot be compiled ({errors[0][:200]}); use run.execution: vmap, or see what "
         f"{shlex.join(command[:1])} says to {SOURCE.name}"
     )
+    with suppress(OSError):
+        failed.write_text(sentence, encoding="utf-8")
+    raise KernelError(sentence)

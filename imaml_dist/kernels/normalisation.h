@@ -5,7 +5,6 @@
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -26,38 +25,56 @@ struct Rows {
   int64_t tasks, rows, channels;
 };
 
-// K sums over rows for every channel, of a block in the precision of the data and of all blocks in double. `begin(zero, channel)`
-// gives what adds a row to the K parts.
+// f(piece, first row, last) for pieces of the rows, which threads that have nothing else to do share.
+constexpr int64_t PIECE = 1024;
+inline int64_t pieces(const Rows& s) { return (s.rows + PIECE - 1) / PIECE; }
+template <typename F>
+void over_pieces(const Rows& s, const F& f) {
+  at::parallel_for(0, pieces(s), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t p = begin; p < end; ++p) f(p, p * PIECE, std::min((p + 1) * PIECE, s.rows));
+  });
+}
+
+// K sums over rows for every channel, of a block in the precision of the data, of the blocks of a piece in double, and then of the
+// pieces: in one order, whoever does it. `begin(zero, channel)` gives what adds a row to the K parts.
 template <int64_t K, typename T, typename F>
 std::array<std::vector<double>, K> sums(const Rows& s, const F& begin) {
-  std::array<std::vector<double>, K> sum;
-  for (auto& one : sum) one.resize(s.channels);
-  over_blocks<T, 4>(s.rows, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
-    using V = decltype(zero);
-    constexpr int64_t W = sizeof(V) / sizeof(T);
-    const auto add = begin(zero, channel);
-    V part[K] = {};
-    for (int64_t i = first; i < last; ++i) add(i * s.channels + channel, part);
-    T values[K][W];
-    std::memcpy(values, part, sizeof(part));
-    for (int64_t k = 0; k < K; ++k)
-      for (int64_t j = 0; j < W; ++j) sum[k][channel + j] += values[k][j];
+  std::vector<std::array<std::vector<double>, K>> sum(std::max<int64_t>(1, pieces(s)));
+  for (auto& piece : sum)
+    for (auto& one : piece) one.resize(s.channels);
+  over_pieces(s, [&](int64_t p, int64_t first, int64_t last) {
+    over_blocks<T, 4>(first, last, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
+      using V = decltype(zero);
+      constexpr int64_t W = sizeof(V) / sizeof(T);
+      const auto add = begin(zero, channel);
+      V part[K] = {};
+      for (int64_t i = first; i < last; ++i) add(i * s.channels + channel, part);
+      T values[K][W];
+      std::memcpy(values, part, sizeof(part));
+      for (int64_t k = 0; k < K; ++k)
+        for (int64_t j = 0; j < W; ++j) sum[p][k][channel + j] += values[k][j];
+    });
   });
-  return sum;
+  for (int64_t p = 1; p < pieces(s); ++p)
+    for (int64_t k = 0; k < K; ++k)
+      for (int64_t j = 0; j < s.channels; ++j) sum[0][k][j] += sum[p][k][j];
+  return sum[0];
 }
 
 // `begin(zero, channel)` gives what is done to every row.
 template <typename T, typename F>
 void over_rows(const Rows& s, const F& begin) {
-  over_blocks<T, 4>(s.rows, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
-    const auto work = begin(zero, channel);
-    for (int64_t i = first; i < last; ++i) work(i * s.channels + channel);
+  over_pieces(s, [&](int64_t, int64_t first, int64_t last) {
+    over_blocks<T, 4>(first, last, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
+      const auto work = begin(zero, channel);
+      for (int64_t i = first; i < last; ++i) work(i * s.channels + channel);
+    });
   });
 }
 
 template <typename F>
 void over_tasks(const Rows& s, const F& f) {
-  at::parallel_for(0, s.tasks, 1, [&](int64_t begin, int64_t end) {
+  over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
     for (int64_t t = begin; t < end; ++t) f(t);
   });
 }

@@ -67,13 +67,13 @@ Wide<T, N> where_positive(const Wide<T, N>& g, const Wide<T, N>& y) {
   return c;
 }
 
-// f(zero, rows [begin, end), channel) for blocks of rows, and in them for channels, as many at once as `zero` holds: `many`
+// f(zero, rows [begin, end), channel) for blocks of rows from `first` to `last`, and in them for channels, as many at once as `zero` holds: `many`
 // registers, one, or a single channel.
 template <typename T, int many, typename F>
-void over_blocks(int64_t rows, int64_t channels, const F& f) {
+void over_blocks(int64_t first, int64_t last, int64_t channels, const F& f) {
   constexpr int64_t block = 64, one = sizeof(Register<T>) / sizeof(T);
-  for (int64_t begin = 0; begin < rows; begin += block) {
-    const int64_t end = std::min(begin + block, rows);
+  for (int64_t begin = first; begin < last; begin += block) {
+    const int64_t end = std::min(begin + block, last);
     int64_t j = 0;
     if constexpr (many > 1)
       for (; j + many * one <= channels; j += many * one) f(Wide<T, many>{}, begin, end, j);

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <ATen/Functions.h>
+#include <ATen/Parallel.h>
 
 namespace imaml {
 
@@ -14,6 +15,16 @@ Tensor empty_images(int64_t t, int64_t n, int64_t c, int64_t h, int64_t w, const
   return at::empty_strided({t, n, c, h, w}, {n * h * w * c, h * w * c, 1, w * c, c}, like.options());
 }
 Tensor channels_last(const Tensor& x) { return x.permute({0, 1, 3, 4, 2}).contiguous(); }
+
+// f(first task, last) by as many threads as there are; where tasks are too few for all of them they are taken one after the other,
+// and the loops inside of each, which are serial otherwise, share it out.
+template <typename F>
+void over_tasks(int64_t tasks, const F& f) {
+  if (tasks < at::get_num_threads())
+    f(0, tasks);
+  else
+    at::parallel_for(0, tasks, 1, f);
+}
 
 // Zeros at first; begins where a register's worth of memory begins, so that no load of one touches two lines of the cache.
 template <typename T>

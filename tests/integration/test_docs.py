@@ -16,7 +16,8 @@ from PIL import Image
 
 from imaml_dist.data.prepare import omniglot
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+README = ROOT / "README.md"
+PAGES = [README, *sorted((ROOT / "docs").rglob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -41,6 +42,10 @@ def workspace(tmp_path_factory):
         config["model"]["channels"] = 4
         config["validate"]["tasks"] = config["evaluate"]["tasks"] = 4
         (folder / "pipelines" / "configs" / path.name).write_text(yaml.safe_dump(config))
+    for name in "abcdefgh":
+        (folder / "photos" / name).mkdir(parents=True)
+        for n in range(2):
+            Image.fromarray(np.full((40, 60, 3), 100 * n, np.uint8)).save(folder / "photos" / name / f"{n}.jpg")
     buffer = io.BytesIO()
     Image.fromarray(np.eye(105, dtype=np.uint8) * 255).convert("1").save(buffer, "PNG")
     archives = folder / "path" / "to" / "archives"
@@ -58,6 +63,8 @@ def workspace(tmp_path_factory):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
 def test_every_imaml_command_works(page, workspace):
+    if page != README:  # whose own blocks stand for themselves
+        run_python(page, workspace)
     for words in commands(page):
         if words[0] == "imaml":
             code, output = imaml(*words[1:], cwd=workspace)
@@ -74,11 +81,15 @@ def test_every_make_command_has_its_target(tmp_path):
                 assert done.returncode == 0, done.stderr
 
 
-def test_every_python_block_of_the_readme_runs(tmp_path):
-    for language, text in BLOCK.findall((ROOT / "README.md").read_text()):
+def run_python(page, folder):
+    for language, text in BLOCK.findall(page.read_text()):
         if language == "python":
             code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{text}"
-            subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True)
+            subprocess.run([sys.executable, "-c", code], cwd=folder, check=True, capture_output=True)
+
+
+def test_every_python_block_of_the_readme_runs(tmp_path):
+    run_python(README, tmp_path)
 
 
 def test_the_documented_configuration_is_the_real_one():

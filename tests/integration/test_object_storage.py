@@ -122,7 +122,7 @@ def test_the_first_10_000_tasks_are_the_same_from_everywhere(moto_bucket, folder
 
 
 def size_of_cache(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.glob("??/*"))
+    return sum(path.stat().st_size for path in folder.glob("blocks/??/*"))
 
 
 def test_a_shard_replaced_in_mid_read_is_refused_by_name(moto_bucket, folder, tmp_path):

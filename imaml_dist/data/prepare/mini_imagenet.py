@@ -7,13 +7,12 @@ and `label`) say which image belongs where. The images are the user's own copy.
 from __future__ import annotations
 
 import csv
-import hashlib
 from collections import defaultdict
 from pathlib import Path
 
 from imaml_dist.data.index import SPLITS
-from imaml_dist.data.prepare.decode import Form, image_class
-from imaml_dist.data.prepare.folder import key_of
+from imaml_dist.data.prepare.decode import Form, image_class, source_digest
+from imaml_dist.data.prepare.folder import key_of, refuse_escape
 from imaml_dist.data.records import LazyRecord
 from imaml_dist.errors import DataError
 
@@ -37,15 +36,14 @@ def mini_imagenet_splits(
         skip_bad: leave out images that are missing or cannot be read.
 
     Returns:
-        Records by split, and the sha256 of the three CSV files.
+        Records by split, and the sha256 of the images' labels, names and sizes.
 
     Raises:
         DataError: a CSV file or an image is missing, or the split is not 64, 16 and 20 classes of 600 images.
     """
-    digest = hashlib.sha256()
     splits = {}
     for split in SPLITS:
-        images = _images(source / f"{split}.csv", digest)
+        images = _images(source / f"{split}.csv")
         sizes = {len(names) for names in images.values()}
         if len(images) != CLASSES[split] or sizes != {IMAGES}:
             raise DataError(
@@ -55,7 +53,7 @@ def mini_imagenet_splits(
             )
         splits[split] = [
             image_class(
-                key_of(Path(label)),
+                key_of(label),
                 [_find(source, label, name, skip_bad) for name in names],
                 source,
                 form,
@@ -64,10 +62,10 @@ def mini_imagenet_splits(
             )
             for label, names in images.items()
         ]
-    return splits, digest.hexdigest()
+    return splits, source_digest(splits)
 
 
-def _images(path: Path, digest: hashlib._Hash) -> dict[str, list[str]]:
+def _images(path: Path) -> dict[str, dict[str, None]]:
     """File names by label."""
     try:
         if path.stat().st_size > _MAX_CSV_BYTES:
@@ -75,15 +73,16 @@ def _images(path: Path, digest: hashlib._Hash) -> dict[str, list[str]]:
                 f"--source: {path} is larger than {_MAX_CSV_BYTES >> 20} MiB, which a split is not; check it"
             )
         content = path.read_bytes()
-        digest.update(content)
-        found: dict[str, list[str]] = defaultdict(list)
-        for row in csv.DictReader(content.decode().splitlines()):
+        found: dict[str, dict[str, None]] = defaultdict(dict)
+        for row in csv.DictReader(content.decode("utf-8-sig").splitlines()):
             name, label = row["filename"], row["label"]
-            if not _is_plain(name) or not _is_plain(label):
+            if not _is_plain(name) or not _is_plain(label) or key_of(label) != label:
                 raise DataError(
                     f"--source: {path} has the file name {name!r} of label {label!r}: not plain names; check it"
                 )
-            found[label].append(name)
+            if name in found[label]:
+                raise DataError(f"--source: {path} lists {name!r} of label {label!r} twice; remove one line")
+            found[label][name] = None
     except FileNotFoundError as error:
         raise DataError(
             f"--source: {path} does not exist; give the folder that holds train.csv, val.csv, test.csv and the images"
@@ -107,4 +106,6 @@ def _find(source: Path, label: str, name: str, skip_bad: bool) -> Path:
             f"--source: the image {name} of class {label} is neither in {places[0].parent}, {places[1].parent} nor {places[2].parent}; "
             "copy it there, or leave it out with --skip-bad"
         )
+    if found is not None:
+        refuse_escape(found, source.resolve())
     return found or places[0]

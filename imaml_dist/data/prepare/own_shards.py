@@ -12,13 +12,15 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from imaml_dist.data.index import FILE_NAME, MAX_HEADER, SPLITS, ClassEntry, Index, ShardEntry, read_index
-from imaml_dist.data.shards import crc32_of, publish, shard_entry
+from imaml_dist.data.publishing import alone, publish, version_of
+from imaml_dist.data.shards import crc32_of, shard_entry
 from imaml_dist.data.tar import Member, members
 from imaml_dist.errors import DataError
+from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.protocol import Storage
 
-MAX_DESCRIPTION = 16 << 20
-"""Bytes of a class's `json`."""
+MAX_DESCRIPTION, MAX_CLASSES = 16 << 20, 1 << 15
+"""Bytes of a class's `json`, and classes of one shard."""
 
 _SHARD = re.compile(r"(train|val|test)-\d{6}\.tar\Z")
 _KEY = re.compile(r"[A-Za-z0-9_\-@/]+\Z")
@@ -40,34 +42,52 @@ def index_shards(storage: Storage, name: str, progress: Callable[[int, int], Non
         DataError: there is no shard, or one holds something else than classes of images; with shard and byte.
         StorageError: storage fails.
     """
+    before = version_of(storage, FILE_NAME)
     names = [found for found, _ in storage.names() if _SHARD.match(found)]
     if not names:
         raise DataError(f"{storage.url} holds no shard named as train-000000.tar; write some as docs/preparing.md says")
+    versions: dict[str, str] = {}
     shards: list[ShardEntry] = []
     splits: dict[str, list[ClassEntry]] = {split: [] for split in SPLITS if any(n.startswith(split) for n in names)}
+    owners: dict[tuple[str, str], str] = {}
     for number, shard in enumerate(names):
         with tempfile.TemporaryDirectory(prefix="imaml-index-") as scratch:
-            path = Path(scratch) / shard
-            with open(path, "wb") as file:
-                for piece in storage.stream(shard):
-                    file.write(piece)
+            versions[shard] = storage.stat(shard).version
+            path = _fetched(storage, shard, versions[shard], Path(scratch))
             classes = _classes(path, f"shard {storage.url}/{shard}")
             shards.append(shard_entry(path, [(c["offset"] + c["header"], _bytes(c)) for c in classes]))
-        splits[shard.partition("-")[0]] += [ClassEntry(shard=number, **entry) for entry in classes]
+        split = shard.partition("-")[0]
+        for entry in classes:
+            if (other := owners.setdefault((split, entry["key"]), shard)) != shard:
+                raise DataError(
+                    f"{storage.url}: class {entry['key']!r} is in {other} and again in {shard}; write every class once"
+                )
+            splits[split].append(ClassEntry(shard=number, **entry))
         if progress is not None:
             progress(number + 1, len(names))
     ordered = {split: tuple(sorted(found, key=lambda c: c.key.encode())) for split, found in splits.items()}
     index = Index(name, {"kind": "shards"}, tuple(shards), ordered)
-    text = index.to_json()
-    Index.from_json(text, f"{storage.url}/{FILE_NAME}")  # what a reader would refuse is refused now
     try:
-        if read_index(storage) == index:
-            return index, True
-    except DataError:
-        pass
-    storage.remove(FILE_NAME)
-    publish(storage, index)
+        there = read_index(storage)
+    except DataError:  # none that could be used
+        there = None
+    if there == index:
+        return index, True
+    if there is not None and there.provenance.get("kind") != "shards":
+        raise DataError(f"{storage.url} already holds the data set {there.name!r}; choose another --out")
+    with alone(storage, {}):
+        publish(storage, index, versions, only_if=before)
     return index, False
+
+
+def _fetched(storage: Storage, shard: str, version: str, scratch: Path) -> Path:
+    """A shard as a local file; a folder's own file is used where it is."""
+    if isinstance(storage, Folder):
+        return storage.path / shard
+    with open(scratch / shard, "wb") as file:
+        for piece in storage.stream(shard, version=version):
+            file.write(piece)
+    return scratch / shard
 
 
 def _bytes(entry: dict[str, Any]) -> int:
@@ -83,7 +103,7 @@ def _classes(path: Path, where: str) -> list[dict[str, Any]]:
             folder, _, base = member.name.rpartition("/")
             stem, _, field = base.partition(".")
             key = f"{folder}/{stem}" if folder else stem
-            if field not in (_IMAGES, _DESCRIPTION) or not _KEY.match(key):
+            if field not in (_IMAGES, _DESCRIPTION) or not stem or not _KEY.match(key):
                 raise DataError(
                     f"{where}, byte {member.header}: the member {member.name[:80]!r} is neither <class>.{_IMAGES} nor "
                     f"<class>.{_DESCRIPTION}, with a class of letters, digits, '_', '-', '@' and '/'; write the shard without it"
@@ -91,6 +111,8 @@ def _classes(path: Path, where: str) -> list[dict[str, Any]]:
             seen: Any = found if field == _IMAGES else described
             if key in seen:
                 raise DataError(f"{where}, byte {member.header}: a second {member.name!r}; write every class once")
+            if len(seen) == MAX_CLASSES:
+                raise DataError(f"{where}, byte {member.header}: more than {MAX_CLASSES} classes; write several shards")
             if field == _DESCRIPTION:
                 if member.size > MAX_DESCRIPTION:
                     raise DataError(
@@ -130,4 +152,8 @@ def _images(file: BinaryIO, member: Member, where: str) -> dict[str, Any]:
             f"{where}, byte {member.offset}: {member.name!r} has {member.size} bytes, an array of {shape} has {header + count}"
         )
     begin = member.offset + header
-    return {"header": header, "shape": tuple(shape), "crc32": crc32_of(file, begin, begin + count)}
+    return {
+        "header": header,
+        "shape": tuple(int(side) for side in shape),
+        "crc32": crc32_of(file, begin, begin + count),
+    }

@@ -1,6 +1,8 @@
 """Class records through the node's cache: every byte verified, whatever storage, cache and other writers do meanwhile."""
 
+import mmap
 import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -70,9 +72,9 @@ def check_all(shards, folder):
     for split, count in CLASSES.items():
         written = {r.key: r.images for r in records(split, count)}
         entries = classes_of(folder, split)
-        with shards.held(entries) as views:
-            for entry, view in zip(entries, views, strict=True):
-                np.testing.assert_array_equal(np.frombuffer(view, np.uint8).reshape(entry.shape), written[entry.key])
+        images = shards.gather([(entry, range(entry.shape[0])) for entry in entries])
+        for entry, found in zip(entries, images, strict=True):
+            np.testing.assert_array_equal(found, written[entry.key])
 
 
 def test_blocks_cover_every_record_once(folder):
@@ -104,7 +106,7 @@ def test_a_cache_smaller_than_the_data_set_works(opened, folder, tmp_path, budge
     shards = opened(budget)
     for _ in range(2):
         check_all(shards, folder)
-    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("??/*")) <= budget
+    assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("blocks/??/*")) <= budget
 
 
 def flipped(content):
@@ -120,20 +122,20 @@ def test_what_arrives_damaged_is_fetched_again(opened, storage, folder):
 def test_what_always_arrives_damaged_is_named(opened, storage, folder, tmp_path):
     storage.spoil = lambda number, content: flipped(content)
     entry = classes_of(folder)[0]
-    with pytest.raises(DataError) as caught, opened().held([entry]):
-        pass
+    with pytest.raises(DataError) as caught:
+        opened().fetch([entry])
     block = blocks_of(read_index(Folder(folder)))[0]
     at = block.begin + (block.end - block.begin) // 3
     hit = next(record for record in block.records if record.begin <= at < record.end)
     expected = f"s3://bucket/blobs/train-000000.tar: bytes {hit.begin} to {hit.end}, the images of class {hit.key!r}"
     assert expected in str(caught.value)
     assert storage.reads == FETCHES
-    assert not list((tmp_path / "cache").glob("??/*"))
+    assert not list((tmp_path / "cache").glob("blocks/??/*"))
 
 
 def test_what_is_damaged_in_the_cache_is_fetched_again(opened, storage, folder, tmp_path):
     check_all(opened(), folder)
-    for path in (tmp_path / "cache").glob("??/*"):
+    for path in (tmp_path / "cache").glob("blocks/??/*"):
         path.write_bytes(flipped(path.read_bytes()))
     before = storage.reads
     check_all(opened(), folder)
@@ -194,3 +196,57 @@ def test_many_threads_read_the_same_bytes(opened, folder):
     for thread in threads:
         thread.join()
     assert not trouble
+
+
+def test_who_wants_what_is_on_its_way_waits_for_it(opened, storage, folder):
+    def slow(number, content):
+        time.sleep(0.1)
+        return content
+
+    storage.spoil = slow
+    shards, entries = opened(0), classes_of(folder)[:1]
+    threads = [threading.Thread(target=shards.fetch, args=(entries,)) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert storage.reads == 1
+
+
+def test_an_outage_is_waited_for_once(opened, storage, folder):
+    """Four connections ask for seven shards: those in the queue do not wait for their own turn to fail."""
+
+    def fails(number, content):
+        time.sleep(0.2)
+        raise StorageError("no route")
+
+    storage.spoil = fails
+    shards = opened()
+    everything = [entry for split in CLASSES for entry in classes_of(folder, split)]
+    with pytest.raises(StorageError, match="no route"):
+        shards.fetch(everything)
+    assert storage.reads <= 4
+
+
+def test_content_is_mapped_and_not_held_in_memory(opened, folder):
+    shards = opened()
+    check_all(shards, folder)
+    assert all(isinstance(block.content.obj, mmap.mmap) for block in shards._open.values())
+    loose = opened(0, "none")
+    check_all(loose, folder)
+    assert not loose._open
+
+
+def test_more_blocks_than_files_may_be_open(opened, folder, monkeypatch):
+    monkeypatch.setattr("imaml_dist.data.cached.open_files", lambda: 2)
+    shards = opened()
+    check_all(shards, folder)
+    assert len(shards._open) == 2
+
+
+def test_damage_in_a_cache_that_cannot_be_mended_is_passed_by(opened, folder, tmp_path, monkeypatch):
+    check_all(opened(), folder)
+    for path in (tmp_path / "cache").glob("blocks/??/*"):
+        path.write_bytes(flipped(path.read_bytes()))
+    monkeypatch.setattr(NodeCache, "discard", lambda self, key: False)
+    check_all(opened(), folder)

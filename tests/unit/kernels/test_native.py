@@ -127,6 +127,82 @@ def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype,
             assert torch.equal(one[0], parallel[t])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_a_task_that_threads_share_has_the_bits_of_one_thread(name, dtype):
+    (x, k, b), stride, padding = convolution(name, tasks=1, images=100, dtype=dtype)
+    gamma = random(1, k.shape[1], dtype=dtype)
+
+    def results(threads):
+        before = torch.get_num_threads()
+        try:
+            torch.set_num_threads(threads)
+            given = [tensor.detach().requires_grad_() for tensor in (x, k, b, gamma)]
+            y = native.conv2d(*given[:3], stride, padding)
+            z = native.batch_norm(y, given[3], given[2], 1e-5, relu=True)
+            weights = random(*z.shape, dtype=dtype)
+            first = torch.autograd.grad((z * weights).sum(), given, create_graph=True)
+            # Without their sums over all that torch takes, whose order is its own.
+            return [
+                y,
+                z,
+                *first[:2],
+                *torch.autograd.grad(first[:2], given[:2], [random(*f.shape, dtype=dtype) for f in first[:2]]),
+            ]
+        finally:
+            torch.set_num_threads(before)
+
+    alone = results(1)
+    for threads in (2, 3):
+        assert all(torch.equal(one, other) for one, other in zip(alone, results(threads), strict=True))
+
+
+SHARES = """
+import time, torch
+from imaml_dist.kernels import native
+native.load()
+torch.set_num_threads(2)
+x, k = (torch.randn(1, 100, 28, 28, 16).permute(0, 1, 4, 2, 3) for _ in "xk")
+x, k, gamma = x.requires_grad_(), torch.randn(1, 16, 16, 3, 3, requires_grad=True), torch.ones(1, 16, requires_grad=True)
+y = native.conv2d(x, k, None, 1, 1)
+z, back = native.batch_norm(y, gamma, gamma, 1e-5, True), torch.ones_like(y)
+for work in (
+    lambda: native.conv2d(x, k, None, 1, 1),
+    lambda: torch.autograd.grad(y, x, back, retain_graph=True),
+    lambda: torch.autograd.grad(y, k, back, retain_graph=True),
+    lambda: native.batch_norm(y, gamma, gamma, 1e-5, True),
+    lambda: torch.autograd.grad(z, y, back, retain_graph=True),
+):
+    work()
+    own, all_of_them = time.thread_time(), time.process_time()
+    for _ in range(10):
+        work()
+    own, all_of_them = time.thread_time() - own, time.process_time() - all_of_them
+    print(1 - own / all_of_them)
+"""
+
+
+@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
+def test_a_second_thread_takes_its_share_of_one_task():
+    if "-fopenmp" not in native._flags(native._compiler()):
+        pytest.skip("needs GNU's OpenMP")
+    environment = {**os.environ, "OMP_WAIT_POLICY": "passive"}  # or waiting would count as work
+    done = subprocess.run([sys.executable, "-c", SHARES], env=environment, capture_output=True, text=True, check=True)
+    shares = [float(share) for share in done.stdout.split()]
+    assert len(shares) == 5 and min(shares) > 0.2, shares
+
+
+def test_places_of_images_that_lie_far_apart_are_found(tmp_path):
+    """A block of rows that spans more than 2^31 values: of a file with a hole in it, of which hardly anything is read."""
+    images, channels, side = 510, 33, 360
+    values = torch.from_file(str(tmp_path / "images"), shared=True, size=images * side * side * channels)
+    x = values.view(1, images, side, side, channels).permute(0, 1, 4, 2, 3)
+    x[0, -1, :, 0, 0] = torch.arange(33.0)
+    k = torch.zeros(1, 2, channels, 1, 1, requires_grad=True)
+    (found,) = torch.autograd.grad(native.conv2d(x, k, None, side, 0).sum(), k)
+    assert torch.equal(found[0, :, :, 0, 0], torch.arange(33.0).expand(2, -1))
+
+
 def test_they_can_be_mapped_over_tasks_with_any_axis_and_shared_arguments():
     (x, k, b), stride, padding = convolution("uneven")
     expected = torch.stack([F.conv2d(x[t], k[0], b[t], stride, padding) for t in range(2)])
@@ -201,6 +277,30 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     _, (error,) = load_in_a_process(tmp_path / "file")
     assert "cannot keep compiled kernels" in error
+
+
+def test_a_failed_compilation_is_not_tried_again_by_any_process_until_something_changes(tmp_path):
+    compiler, calls, folder = tmp_path / "compiler", tmp_path / "calls", tmp_path / "kept"
+    script = f'#!/bin/sh\n[ "$1" = --version ] && echo {{version}} && exit\necho call >> {calls}\necho "error: too old" >&2\nexit 1\n'
+
+    def tried(version="one"):
+        compiler.write_text(script.format(version=version))
+        compiler.chmod(0o755)
+        code = "from imaml_dist.kernels import native; print([native.usable() for _ in range(3)]); native.load()"
+        environment = {**os.environ, native.FOLDER: str(folder), "CXX": str(compiler)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.stdout == "[False, False, False]\n"
+        assert "the CPU kernels cannot be compiled (error: too old); use run.execution: vmap" in done.stderr
+        assert "it is tried again after a day, or once" in done.stderr
+        return len(calls.read_text().splitlines())
+
+    assert [tried(), tried()] == [1, 1]
+    assert tried("two") == 2, "another compiler"
+    for marker in folder.glob("*.failed"):
+        os.utime(marker, (0, 0))
+    assert tried("two") == 3, "a day has passed"
 
 
 def test_the_sentences_are_errors_of_the_environment():

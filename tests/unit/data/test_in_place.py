@@ -1,6 +1,7 @@
 """Class records in a folder that others write to: what was changed is looked at again, and damage is never used."""
 
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -73,6 +74,9 @@ def test_what_was_read_while_somebody_wrote_is_not_used(folder):
 
         left = 1
 
+        def __len__(self):
+            return 2
+
         def __iter__(self):
             if self.left:
                 self.left -= 1
@@ -85,3 +89,41 @@ def test_what_was_read_while_somebody_wrote_is_not_used(folder):
     always.left = 100
     with pytest.raises(ChangedError, match="written to while it was read"):
         dataset.gather([(entry, always)])
+
+
+def test_copying_over_a_shard_in_use_ends_nothing(folder):
+    """`cp` cuts the file to nothing first: a reader that had it mapped would be ended by the system."""
+    dataset, path = Dataset(str(folder)), folder / "train-000000.tar"
+    content, stop, outcomes = path.read_bytes(), threading.Event(), set()
+
+    def copy():
+        while not stop.is_set():
+            path.write_bytes(content)
+
+    thread = threading.Thread(target=copy)
+    thread.start()
+    expected = {r.key: r.images for r in records("train", 12)}
+    try:
+        for _ in range(300):
+            for entry in dataset.classes("train"):
+                try:
+                    np.testing.assert_array_equal(dataset.images(entry), expected[entry.key])
+                    outcomes.add("read")
+                except (DataError, ChangedError):
+                    outcomes.add("refused")
+    finally:
+        stop.set()
+        thread.join()
+    assert "refused" in outcomes
+    for entry in dataset.classes("train"):
+        np.testing.assert_array_equal(dataset.images(entry), expected[entry.key])
+
+
+def test_more_shards_than_files_may_be_open(tmp_path, monkeypatch):
+    monkeypatch.setattr("imaml_dist.data.in_place.open_files", lambda: 2)
+    write_blobs(tmp_path, shard_bytes=1)
+    dataset = Dataset(str(tmp_path))
+    for record in records("train", 12):
+        entry = next(entry for entry in dataset.classes("train") if entry.key == record.key)
+        np.testing.assert_array_equal(dataset.images(entry), record.images)
+    assert len(dataset._shards._open) == 2
