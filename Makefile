@@ -49,7 +49,10 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/meta_gradient.py --json $(BENCH)/meta_gradient.json
 	$(BIN)/python benchmarks/memory.py --json $(BENCH)/memory.json --png $(BENCH)/memory.png
 	$(BIN)/python benchmarks/cost_of_accuracy.py --json $(BENCH)/cost_of_accuracy.json --png $(BENCH)/cost_of_accuracy.png
+	$(BIN)/imaml prepare glyphs --out data/glyphs
 	$(BIN)/python benchmarks/scaling.py --json $(BENCH)/scaling.json
+	$(BIN)/python benchmarks/reduction.py --json $(BENCH)/reduction.json
+	$(BIN)/python benchmarks/data.py --json $(BENCH)/data.json
 	$(BIN)/python benchmarks/dual_solve.py --json $(BENCH)/dual_solve.json
 
 clean:

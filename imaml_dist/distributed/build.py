@@ -152,7 +152,9 @@ def open_dataset(config: ExperimentConfig) -> Dataset:
     """
     folder, budget = config.storage.cache, config.storage.cache_bytes
     return Dataset(
-        config.data.url, storage_options(config), CacheOptions(None if folder is None else Path(folder).expanduser(), budget)
+        config.data.url,
+        storage_options(config),
+        CacheOptions(None if folder is None else Path(folder).expanduser(), budget),
     )
 
 

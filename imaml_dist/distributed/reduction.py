@@ -195,7 +195,8 @@ def exact_sum(group: Group, mine: Tensor, chunks: int) -> Tensor:
     nodes = [own_nodes(held, chunks) for held in dealt]
     first, size = dealt[group.rank].start, mine.shape[1]
     segment = -(-size // group.world)
-    padded = mine.new_zeros(len(nodes[group.rank]), segment * group.world)
+    padded = mine.new_empty(len(nodes[group.rank]), segment * group.world)
+    padded[:, size:] = 0
     for row, node in zip(padded, nodes[group.rank], strict=True):
         row[:size] = tree_sum(mine[node.start - first : node.stop - first])
     by_segment = padded.view(-1, group.world, segment).transpose(0, 1)
