@@ -12,7 +12,6 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -27,8 +26,8 @@ HEADERS = sorted(SOURCE.parent.glob("*.h"))
 
 FLAGS = ("-O3", "-march=native", "-fno-math-errno", "-Wno-psabi", "-std=c++20", "-fPIC", "-shared")
 
-RETRY_S = 24 * 3600.0
-"""How long a failed compilation is not tried again: a day, for what it failed for may be gone, as a full disk is."""
+PASSING = ("Killed", "Terminated", "out of memory", "Cannot allocate memory", "No space left")
+"""What compilers say when they were stopped, or lacked memory or space: that may be over when the next process asks."""
 
 FOLDER = "IMAML_KERNELS"
 """Environment variable: where compiled kernels are kept; `~/.cache/imaml_dist/kernels` without it."""
@@ -38,9 +37,13 @@ def is_compiled() -> bool:
     """Whether `load` will find the kernels compiled, or need some twenty seconds.
 
     Raises:
-        KernelError: there is no compiler.
+        KernelError: there is no compiler, or it failed before.
     """
-    return _library(_compiler()).exists()
+    library = _library(_compiler())
+    if library.exists():
+        return True
+    _refuse_what_failed(library)
+    return False
 
 
 def usable() -> bool:
@@ -56,7 +59,8 @@ def usable() -> bool:
 def load() -> None:
     """Make `conv2d` and `batch_norm` usable in this process; compiles them if that was not done on this machine before.
 
-    A failure is remembered beside where the result would be: the same compiler is not asked again about the same source for a day.
+    A failure is remembered beside where the result would be, until that marker is deleted: the same compiler would say the same
+    about the same source, and take its time for it.
 
     Raises:
         KernelError: there is no C++ compiler, it fails, or the folder for its result cannot be used.
@@ -68,11 +72,13 @@ def load() -> None:
             return torch.ops.load_library(str(library))  # type: ignore[no-untyped-call, no-any-return]
         except OSError:  # damaged; compiled again below
             pass
+    _refuse_what_failed(library)
     _compile(compiler, library)
     try:
         torch.ops.load_library(str(library))  # type: ignore[no-untyped-call]
     except OSError as error:
-        raise KernelError(f"the compiled kernels cannot be loaded ({brief(error)}); use run.execution: vmap") from error
+        sentence = f"the compiled kernels cannot be loaded ({brief(error)}); use run.execution: vmap"
+        raise _failure(library, sentence) from error
 
 
 def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
@@ -159,11 +165,6 @@ def _folder() -> Path:
 
 
 def _compile(compiler: str, library: Path) -> None:
-    failed = library.with_suffix(".failed")  # what the compiler said, for all who would ask it the same for nothing
-    with suppress(OSError):
-        if time.time() - failed.stat().st_mtime < RETRY_S:
-            sentence = failed.read_text(encoding="utf-8")
-            raise KernelError(f"{sentence}; it is tried again after a day, or once {failed} is deleted")
     torch_folder = Path(torch.__file__).parent
     include = torch_folder / "include"
     try:
@@ -177,17 +178,48 @@ def _compile(compiler: str, library: Path) -> None:
                 str(SOURCE),
             ]
             command += ["-o", str(result), f"-L{torch_folder / 'lib'}", "-ltorch_cpu", "-lc10"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603
+            english = {**os.environ, "LC_ALL": "C"}  # for what is looked for in its words
+            done = subprocess.run(command, capture_output=True, text=True, check=False, env=english)  # noqa: S603
             if done.returncode == 0:
                 result.replace(library)  # whole or not at all; of two at once either is right
                 return
     except OSError as error:
-        raise KernelError(f"the CPU kernels cannot be compiled ({brief(error)}); use run.execution: vmap") from error
+        sentence = f"the CPU kernels cannot be compiled ({brief(error)}); use run.execution: vmap"
+        raise _failure(library, sentence, lasting=False) from error
     errors = [line for line in done.stderr.splitlines() if "error" in line] or [f"exit code {done.returncode}"]
     sentence = (
         f"the CPU kernels cannot be compiled ({errors[0][:200]}); use run.execution: vmap, or see what "
         f"{shlex.join(command[:1])} says to {SOURCE.name}"
     )
+    raise _failure(library, sentence, lasting=done.returncode > 0 and not any(sign in done.stderr for sign in PASSING))
+
+
+_failed: dict[Path, str] = {}
+"""What is not tried again in this process only: what may not last, or could not be written beside the library."""
+
+
+def _failure(library: Path, sentence: str, lasting: bool = True) -> KernelError:
+    """The error to raise; it is remembered, for all processes if it lasts."""
+    if lasting:
+        marker = _marker(library)
+        with suppress(OSError):
+            marker.write_text(sentence, encoding="utf-8")
+            return _lasting(sentence, marker)
+    _failed[library] = sentence
+    return KernelError(sentence)
+
+
+def _refuse_what_failed(library: Path) -> None:
+    if library in _failed:
+        raise KernelError(_failed[library])
+    marker = _marker(library)
     with suppress(OSError):
-        failed.write_text(sentence, encoding="utf-8")
-    raise KernelError(sentence)
+        raise _lasting(marker.read_text(encoding="utf-8"), marker)
+
+
+def _marker(library: Path) -> Path:
+    return library.with_suffix(".failed")
+
+
+def _lasting(sentence: str, marker: Path) -> KernelError:
+    return KernelError(f"{sentence}; it is tried again once {marker} is deleted")

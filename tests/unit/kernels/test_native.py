@@ -192,6 +192,7 @@ def test_a_second_thread_takes_its_share_of_one_task():
     assert len(shares) == 5 and min(shares) > 0.2, shares
 
 
+@pytest.mark.slow
 def test_places_of_images_that_lie_far_apart_are_found(tmp_path):
     """A block of rows that spans more than 2^31 values: of a file with a hole in it, of which hardly anything is read."""
     images, channels, side = 510, 33, 360
@@ -279,28 +280,67 @@ def test_what_is_missing_is_said_in_a_sentence(tmp_path):
     assert "cannot keep compiled kernels" in error
 
 
-def test_a_failed_compilation_is_not_tried_again_by_any_process_until_something_changes(tmp_path):
-    compiler, calls, folder = tmp_path / "compiler", tmp_path / "calls", tmp_path / "kept"
-    script = f'#!/bin/sh\n[ "$1" = --version ] && echo {{version}} && exit\necho call >> {calls}\necho "error: too old" >&2\nexit 1\n'
+class Compiler:
+    """One that says its version, and does nothing more than what it is told to; it counts how often it was asked."""
 
-    def tried(version="one"):
-        compiler.write_text(script.format(version=version))
-        compiler.chmod(0o755)
+    def __init__(self, path, does, version="one"):
+        path.write_text(
+            f'#!/bin/sh\n[ "$1" = --version ] && echo {version} && exit\necho asked >> "$0.calls"\n{does}\n'
+        )
+        path.chmod(0o755)
+        self.path, self.calls = path, path.with_name(f"{path.name}.calls")
+
+    def asked(self, folder):
+        """How often so far, after a process that tries thrice to load the kernels; and what that says in the end."""
         code = "from imaml_dist.kernels import native; print([native.usable() for _ in range(3)]); native.load()"
-        environment = {**os.environ, native.FOLDER: str(folder), "CXX": str(compiler)}
+        environment = {**os.environ, native.FOLDER: str(folder), "CXX": str(self.path)}
         done = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
         )
         assert done.stdout == "[False, False, False]\n"
-        assert "the CPU kernels cannot be compiled (error: too old); use run.execution: vmap" in done.stderr
-        assert "it is tried again after a day, or once" in done.stderr
-        return len(calls.read_text().splitlines())
+        return len(self.calls.read_text().splitlines()), done.stderr.strip().splitlines()[-1]
 
-    assert [tried(), tried()] == [1, 1]
-    assert tried("two") == 2, "another compiler"
-    for marker in folder.glob("*.failed"):
-        os.utime(marker, (0, 0))
-    assert tried("two") == 3, "a day has passed"
+
+def test_a_compiler_that_failed_is_tried_again_only_when_its_marker_is_deleted_or_something_changed(tmp_path):
+    folder, does = tmp_path / "kept", 'echo "error: too old" >&2; exit 1'
+    compiler = Compiler(tmp_path / "compiler", does)
+    announced, (error,) = load_in_a_process(folder, CXX=str(compiler.path))
+    (marker,) = folder.iterdir()
+    assert announced == ["False"]
+    assert "the CPU kernels cannot be compiled (error: too old); use run.execution: vmap" in error
+    assert error.endswith(f"it is tried again once {marker} is deleted")
+    assert compiler.asked(folder) == (1, error)
+    assert load_in_a_process(folder, CXX=str(compiler.path)) == ([], [error]), "no compilation is announced"
+    marker.unlink()
+    assert compiler.asked(folder) == (2, error)
+    assert Compiler(compiler.path, does, version="two").asked(folder)[0] == 3
+    assert len(list(folder.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "does",
+    ['echo "g++: fatal error: Killed signal terminated program cc1plus" >&2; exit 1', "kill -9 $$"],
+    ids=["what-it-calls", "itself"],
+)
+def test_a_compiler_that_was_killed_is_tried_again_by_the_next_process_only(tmp_path, does):
+    folder, compiler = tmp_path / "kept", Compiler(tmp_path / "compiler", does)
+    assert [compiler.asked(folder)[0] for _ in range(2)] == [1, 2]
+    assert not list(folder.iterdir())
+
+
+def test_kernels_that_cannot_be_loaded_are_not_compiled_again(tmp_path):
+    damaged = 'while [ "$1" != -o ]; do shift; done; echo damaged > "$2"'
+    folder, compiler = tmp_path / "kept", Compiler(tmp_path / "compiler", damaged)
+    calls, error = compiler.asked(folder)
+    assert calls == 1 and "the compiled kernels cannot be loaded" in error
+    assert compiler.asked(folder) == (1, error)
+
+
+def test_a_failure_that_cannot_be_written_down_is_remembered_by_the_process(tmp_path, monkeypatch):
+    folder, compiler = tmp_path / "kept", Compiler(tmp_path / "compiler", "exit 1")
+    monkeypatch.setenv(native.FOLDER, str(folder))
+    native._library(str(compiler.path)).with_suffix(".failed").mkdir()
+    assert compiler.asked(folder)[0] == 1
 
 
 def test_the_sentences_are_errors_of_the_environment():
