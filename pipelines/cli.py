@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ prepare_app = typer.Typer(no_args_is_help=True, help="Raw images -> class-record
 app.add_typer(prepare_app, name="prepare")
 
 _debug = False
+_leave_at_once = False
+"""Ctrl-C was pressed, and nothing is left to be put in order."""
 
 INTERRUPTED = 130
 
@@ -36,6 +40,12 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Sign no requests, for public buckets.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+
+
+def _seed(seed: int) -> int:
+    if not 0 <= seed < 2**64:
+        raise InputError(f"--seed: {seed} given, seeds are 0 to 2^64 - 1")
+    return seed
 
 
 def _storage(url: str, endpoint: str | None, anonymous: bool = False) -> Storage:
@@ -50,8 +60,13 @@ def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks
 
 
 @contextmanager
-def _exit_codes() -> Iterator[None]:
-    """Errors made on purpose become one sentence and their exit code; others are bugs and keep their traceback."""
+def _exit_codes(*, orderly: bool = False) -> Iterator[None]:
+    """Errors made on purpose become one sentence and their exit code; others are bugs and keep their traceback.
+
+    Args:
+        orderly: this process has others to end, so even Ctrl-C lets it come to its own end.
+    """
+    global _leave_at_once
     try:
         yield
     except ImamlError as error:
@@ -67,6 +82,7 @@ def _exit_codes() -> Iterator[None]:
         raise typer.Exit(InputError.exit_code if isinstance(error, users_own) else StorageError.exit_code) from None
     except KeyboardInterrupt:
         console.err.print("imaml: interrupted")
+        _leave_at_once = not orderly
         raise typer.Exit(INTERRUPTED) from None
 
 
@@ -81,7 +97,7 @@ def prepare_glyphs(
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_glyphs(_storage(out, endpoint, anonymous), seed)
+        prepare.prepare_glyphs(_storage(out, endpoint, anonymous), _seed(seed))
 
 
 @prepare_app.command("omniglot")
@@ -101,7 +117,7 @@ def prepare_omniglot(
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_omniglot(_storage(out, endpoint, anonymous), source, seed)
+        prepare.prepare_omniglot(_storage(out, endpoint, anonymous), source, _seed(seed))
 
 
 @prepare_app.command("mini-imagenet")
@@ -177,7 +193,7 @@ def train(
     ] = False,
 ) -> None:
     """Meta-train, meta-test and report. The same command again resumes."""
-    with _exit_codes():
+    with _exit_codes(orderly=True):
         from pipelines.train import train as run_training
 
         overrides = [*(set_ or []), *([f"run.backend={backend}"] if backend else [])]
@@ -254,7 +270,13 @@ def mlflow_sync(run: Run) -> None:
 
 def main() -> None:
     """Entry point of the `imaml` console script."""
-    app()
+    try:
+        app()
+    finally:
+        if _leave_at_once:  # Python would wait for threads that still fetch, for as long as storage has patience
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

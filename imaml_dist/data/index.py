@@ -21,16 +21,19 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from imaml_dist.errors import DataError, MissingError
+from imaml_dist.errors import ChangedError, DataError, MissingError
 from imaml_dist.storage.protocol import Storage
 
 FORMAT = "imaml-class-records"
 VERSION = 2
 FILE_NAME = "index.json"
 MAX_BYTES = 32 << 20
+READS = 3
+"""Of an index, before it counts as damaged."""
 MAX_HEADER = 4096
 """Bytes of an npy header; real ones have 128."""
 SPLITS = ("train", "val", "test")
@@ -151,22 +154,29 @@ class Index:
 
 
 def read_index(storage: Storage) -> Index:
-    """The index of a data set.
+    """The index of a data set; read again if it was replaced meanwhile, or may have been damaged on its way.
 
     Raises:
         DataError: there is none, it is too large to be one, or see `Index.from_json`.
+        ChangedError: it is replaced again and again.
     """
-    where = f"{storage.url}/{FILE_NAME}"
     try:
-        found = storage.stat(FILE_NAME)
-        if found.size > MAX_BYTES:
-            raise DataError(f"{where} is {found.size} bytes long, an index has at most {MAX_BYTES}; check the URL")
-        return Index.from_json(storage.read(FILE_NAME, version=found.version), where)
+        for _ in range(READS - 1):
+            with suppress(ChangedError, DataError):
+                return _read(storage)
+        return _read(storage)
     except MissingError as error:
         raise DataError(
             f"data.url: {storage.url} has no {FILE_NAME}; check the URL, or write the data set with `imaml prepare`, which puts "
             "the index last"
         ) from error
+
+
+def _read(storage: Storage) -> Index:
+    where, found = f"{storage.url}/{FILE_NAME}", storage.stat(FILE_NAME)
+    if found.size > MAX_BYTES:
+        raise DataError(f"{where} is {found.size} bytes long, an index has at most {MAX_BYTES}; check the URL")
+    return Index.from_json(storage.read(FILE_NAME, version=found.version), where)
 
 
 def pixel_ranges(index: Index) -> list[list[tuple[int, int]]]:

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
+import re
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 
-from imaml_dist.errors import ChangedError, MissingError, StorageError
+from imaml_dist.errors import ChangedError, InputError, MissingError, StorageError
 from imaml_dist.storage.local import exclusive, local_path, sync_folder
 from imaml_dist.storage.protocol import ABSENT, Stat
 
 PIECE = 1 << 20
 """Bytes read at once."""
+
+_NO_LOCK = (errno.EBADF, errno.EOPNOTSUPP, errno.ENOLCK, errno.ENOSYS)
+"""What locking says where it cannot be done."""
 
 
 class Folder:
@@ -72,9 +78,14 @@ class Folder:
         target = self.path / name
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            with exclusive(target.parent, wait=60.0) as held:
-                if not held:
-                    raise StorageError(f"{target.parent} is being written to by another process; wait and try again")
+            with contextlib.ExitStack() as stack:
+                if _lock(stack, target.parent):
+                    _remove_parts(target)
+                elif only_if is not None:
+                    raise StorageError(
+                        f"{target}: this file system has no locks, so another writer could be faster unseen; "
+                        "write to one that has, or to object storage"
+                    )
                 self._check_condition(name, only_if)
                 version = _replace(target, content)
             sync_folder(target.parent)
@@ -103,7 +114,7 @@ class Folder:
                 if not file.startswith(".") and name.startswith(prefix):
                     with contextlib.suppress(MissingError):  # removed meanwhile
                         found.append((name, self.stat(name).size))
-        yield from sorted(found, key=lambda pair: pair[0].encode())
+        yield from sorted(found, key=lambda pair: os.fsencode(pair[0]))
 
     def _refuse(self, error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):  # nothing was written yet, or it is removed already
@@ -116,15 +127,39 @@ class Folder:
         except OSError as error:
             raise self._translated(name, error) from error
 
-    def _translated(self, name: str, error: OSError) -> MissingError | StorageError:
-        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+    def _translated(self, name: str, error: OSError) -> InputError | StorageError:
+        if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)) or error.errno == errno.ELOOP:
             return MissingError(f"{self.path / name} does not exist; check the path")
+        if error.errno == errno.ENAMETOOLONG:
+            return InputError(f"{str(self.path / name)[:80]}...: {error.strerror}; give a shorter one")
         return StorageError(f"{self.path / name}: {error.strerror or error}")
+
+
+def _lock(stack: contextlib.ExitStack, folder: Path) -> bool:
+    """Whether a folder is locked, which it is until the stack is left; False if its file system has no locks."""
+    for path in (folder, folder / ".lock"):  # NFS locks only what is open for writing, as no folder can be
+        try:
+            held = stack.enter_context(exclusive(path, wait=60.0))
+        except OSError as error:
+            if error.errno not in _NO_LOCK:
+                raise
+            continue
+        if not held:
+            raise StorageError(f"{folder} is being written to by another process; wait and try again")
+        return True
+    return False
+
+
+def _remove_parts(target: Path) -> None:
+    """Remove what killed writers left of a file; none that lives has one while the folder is locked."""
+    part = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]+\.part")
+    for name in filter(part.fullmatch, os.listdir(target.parent)):
+        (target.parent / name).unlink(missing_ok=True)
 
 
 def _replace(target: Path, content: bytes | Path) -> str:
     """Put content in the place of a file, and return its version."""
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = target.with_name(f".{target.name}.{secrets.token_hex(4)}.part")  # no other's, even without a lock
     try:
         with open(part, "wb") as file:
             if isinstance(content, Path):

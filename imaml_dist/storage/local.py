@@ -2,34 +2,59 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import re
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote_to_bytes
 
 from imaml_dist.errors import InputError
+
+_FILE_URL = re.compile(r"file:(//(localhost)?)?(?P<path>/[^?#]*)", re.DOTALL)
+_ONE_SLASH = re.compile(r"[A-Za-z0-9]+:/(?!/)")
 
 
 def local_path(url: str | os.PathLike[str]) -> Path:
     """The path behind a plain path or a `file://` URL.
 
     Raises:
-        InputError: another scheme.
+        InputError: another scheme, or a `file://` URL with anything but a path.
     """
-    text = os.fspath(url)
+    text = checked_text(url)
     scheme, mark, _ = text.partition("://")
     if scheme == "file" or text.startswith("file:/"):
-        return Path(unquote(urlsplit(text).path))
+        found = _FILE_URL.fullmatch(text)
+        if found is None or found["path"].startswith("//"):
+            raise InputError(
+                f"{without_secrets(text)}: not of the form file:///path; give the whole path behind three slashes, "
+                "with %3F for ? and %23 for #"
+            )
+        return Path(checked_text(os.fsdecode(unquote_to_bytes(found["path"]))))
     if mark:
         raise InputError(
             f"{without_secrets(text)}: scheme {scheme!r} is not supported, only paths and file:// URLs are; "
             "copy the data to a local path"
         )
+    if _ONE_SLASH.match(text):
+        raise InputError(f"{text}: URLs have two slashes behind the colon; add one, or write ./{text} for a path")
     return Path(text)
+
+
+def checked_text(url: str | os.PathLike[str]) -> str:
+    """A path or URL that can be opened and printed.
+
+    Raises:
+        InputError: it has a NUL in it, or is not UTF-8.
+    """
+    text = os.fspath(url)
+    with suppress(UnicodeEncodeError):
+        if b"\0" not in text.encode():
+            return text
+    raise InputError(f"{without_secrets(text)!r} is no path or URL: it has a NUL in it or is not UTF-8; give another")
 
 
 def without_secrets(url: str) -> str:
@@ -62,11 +87,14 @@ def exclusive(path: Path, wait: float = 0.0) -> Iterator[bool]:
 
     Yields:
         Whether the lock is held.
+
+    Raises:
+        OSError: the file system cannot lock it.
     """
     deadline = time.monotonic() + wait
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
-        while not _locked(descriptor):
+        while not _locked(descriptor, path):
             if time.monotonic() >= deadline:
                 yield False
                 return
@@ -76,11 +104,13 @@ def exclusive(path: Path, wait: float = 0.0) -> Iterator[bool]:
         os.close(descriptor)
 
 
-def _locked(descriptor: int) -> bool:
+def _locked(descriptor: int, path: Path) -> bool:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EINTR):
+            return False
+        raise OSError(error.errno, error.strerror, str(path)) from error  # flock itself names no file
     return True
 
 

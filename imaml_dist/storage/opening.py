@@ -6,7 +6,7 @@ import os
 
 from imaml_dist.errors import InputError
 from imaml_dist.storage.folder import Folder
-from imaml_dist.storage.local import without_secrets
+from imaml_dist.storage.local import checked_text, without_secrets
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.storage.protocol import Storage
 
@@ -17,9 +17,9 @@ def open_storage(url: str | os.PathLike[str], options: StorageOptions | None = N
     """The storage behind a path, a `file://` URL or `s3://bucket/prefix`. Nothing is asked of it yet.
 
     Raises:
-        InputError: another scheme, or an `s3://` URL without a bucket.
+        InputError: another scheme, an `s3://` URL without a bucket, or no text.
     """
-    text = os.fspath(url)
+    text = checked_text(url)
     if text.startswith(S3):
         from imaml_dist.storage.s3 import Bucket
 

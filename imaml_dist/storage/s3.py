@@ -19,12 +19,21 @@ from typing import Any, TypeVar
 
 from botocore.exceptions import ClientError
 
-from imaml_dist.errors import ChangedError, InputError, MissingError, StorageError
+from imaml_dist.errors import ChangedError, ImamlError, InputError, MissingError, StorageError
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.storage.patience import Patience, counters
 from imaml_dist.storage.protocol import ABSENT, Stat
 from imaml_dist.storage.s3_client import LazyClient
-from imaml_dist.storage.s3_errors import FAULTS, Verdict, may_quote_secrets, status_of, told, translated, verdict
+from imaml_dist.storage.s3_errors import (
+    FAULTS,
+    STRANGE,
+    Verdict,
+    may_quote_secrets,
+    status_of,
+    told,
+    translated,
+    verdict,
+)
 
 PIECE = 1 << 20
 """Bytes read at once."""
@@ -87,8 +96,7 @@ class Bucket:
         """See `Storage`."""
         patience = Patience(self.options.retry_seconds)
         while end is None or begin < end:
-            answer = self._patiently(name, lambda client: self._get(client, name, begin, end, version), patience)  # noqa: B023
-            end = self._checked_end(name, answer, begin, end, version)
+            answer, end = self._patiently(name, lambda client: self._get(client, name, begin, end, version), patience)  # noqa: B023
             version = str(answer["ETag"])
             try:
                 with closing(answer["Body"]) as body:
@@ -141,13 +149,18 @@ class Bucket:
         """See `Storage`."""
         start = self._key("")
         request: dict[str, Any] = {"Bucket": self.bucket, "Prefix": start + prefix}
+
+        def page(client: Any) -> tuple[list[tuple[str, int]], str]:
+            answer = client.list_objects_v2(**request)
+            found = [(str(it["Key"])[len(start) :], int(it["Size"])) for it in answer.get("Contents", ())]
+            return found, answer["NextContinuationToken"] if answer["IsTruncated"] else ""
+
         while True:
-            page = self._patiently(prefix, lambda client: client.list_objects_v2(**request))
-            for found in page.get("Contents", ()):
-                yield str(found["Key"])[len(start) :], int(found["Size"])
-            if not page.get("IsTruncated"):
+            found, further = self._patiently(prefix, page)
+            yield from found
+            if not further:
                 return
-            request["ContinuationToken"] = page["NextContinuationToken"]
+            request["ContinuationToken"] = further
 
     def remove(self, name: str) -> None:
         """See `Storage`."""
@@ -159,28 +172,32 @@ class Bucket:
     def _where(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
 
-    def _get(self, client: Any, name: str, begin: int, end: int | None, version: str | None) -> Any:
+    def _get(
+        self, client: Any, name: str, begin: int, end: int | None, version: str | None
+    ) -> tuple[dict[str, Any], int]:
+        """An answer, if it is what was asked for, and the byte behind its last one."""
         request: dict[str, Any] = {"Bucket": self.bucket, "Key": self._key(name)}
         if begin or end is not None:
             request["Range"] = f"bytes={begin}-" + ("" if end is None else str(end - 1))
         if version is not None:
             request["IfMatch"] = version
-        return client.get_object(**request)
+        answer = client.get_object(**request)
+        try:
+            return answer, self._checked_end(name, answer, begin, end, version)
+        except Exception:
+            answer["Body"].close()
+            raise
 
     def _checked_end(self, name: str, answer: dict[str, Any], begin: int, end: int | None, version: str | None) -> int:
-        """The byte behind the last one of an answer, if it is what was asked for."""
         found, last = str(answer.get("ContentRange", "")), begin + int(answer["ContentLength"])
         if version not in (None, str(answer["ETag"])):  # of a server that does not know If-Match
-            answer["Body"].close()
             raise ChangedError(f"{self._where(name)} was changed since it was first looked at; read it again")
         if (begin or end is not None) and not found.startswith(f"bytes {begin}-"):
-            answer["Body"].close()
             raise StorageError(
                 f"{self._where(name)}: bytes from {begin} on were asked for, and the server answers with {found or 'the whole object'}; "
                 "it cannot be used without ranged reads"
             )
         if end is not None and last != end:
-            answer["Body"].close()
             raise ChangedError(f"{self._where(name)} ends at byte {last}, {end} was asked for")
         return last
 
@@ -220,7 +237,7 @@ class Bucket:
             counters.add(requests=1)
             try:
                 return ask(client)
-            except FAULTS as error:
+            except (*FAULTS, *STRANGE) as error:
                 decision = verdict(error)
                 if decision is Verdict.RENEW and not renewed:
                     renewed = True
@@ -228,12 +245,15 @@ class Bucket:
                 elif decision is Verdict.AGAIN:
                     self._wait(name, error, patience)
                 else:
-                    raise translated(error, self._where(name)) from None if may_quote_secrets(error) else error
+                    raise self._translated(name, error) from None if may_quote_secrets(error) else error
+
+    def _translated(self, name: str, error: BaseException) -> ImamlError:
+        return translated(error, self._where(name), self._client.get().meta.endpoint_url)
 
     def _wait(self, name: str, error: BaseException, patience: Patience) -> None:
         """Before the next try, if the budget lasts for one."""
         if verdict(error) is not Verdict.AGAIN:
-            raise translated(error, self._where(name)) from error
+            raise self._translated(name, error) from error
         if not patience.wait():
             raise StorageError(
                 f"{self._where(name)}: gave up after {patience.failures} failures in {patience.spent:.0f} seconds without progress "

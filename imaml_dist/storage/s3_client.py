@@ -103,4 +103,16 @@ def _made(options: StorageOptions) -> Any:
             f"storage: no S3 client can be made from the settings of this environment ({brief(error)}); mend them"
         ) from error
     _check_endpoint("endpoint_url of the profile", client.meta.endpoint_url)
+    client.meta.events.register_first("needs-retry.s3", _stay)
     return client
+
+
+def _stay(request_dict: dict[str, Any], response: Any, **_: Any) -> None:
+    """Keep the library from following a redirection that names no region, as S3's do: it would ask the same server for one,
+    be redirected again, and so on without an end."""
+    if response is not None and response[0].status_code in (301, 302, 307):
+        found = response[1]
+        if "x-amz-bucket-region" not in found["ResponseMetadata"]["HTTPHeaders"] and "Region" not in found.get(
+            "Error", {}
+        ):
+            request_dict["context"].setdefault("s3_redirect", {})["redirected"] = True

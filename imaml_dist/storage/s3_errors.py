@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import re
 from collections.abc import Callable
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
@@ -20,11 +21,16 @@ from botocore.exceptions import (
     TokenRetrievalError,
 )
 from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.parsers import ResponseParserError
 
 from imaml_dist.errors import ChangedError, ImamlError, InputError, MissingError, StorageError, brief
+from imaml_dist.storage.local import without_secrets
 
 FAULTS = (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 """What asking for an object may raise."""
+
+STRANGE = (KeyError, ValueError, RecursionError, ResponseParserError)
+"""What it raises where an answer is not S3's: it lacks a field, has one that cannot be read, or redirects without an end."""
 
 _BROKEN = (HTTPClientError, NoConnectionError, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
 _NO_CREDENTIALS = (NoCredentialsError, PartialCredentialsError, CredentialRetrievalError, TokenRetrievalError)
@@ -66,8 +72,13 @@ def verdict(error: BaseException) -> Verdict:
 
 
 def may_quote_secrets(error: BaseException) -> bool:
-    """Whether this is about a header that cannot be sent, and quotes it: it may be one with credentials."""
+    """Whether this is about a header or an address that cannot be used, and quotes it: it may be one with credentials."""
     return isinstance(error, HTTPClientError) and isinstance(error.kwargs.get("error"), ValueError)
+
+
+def _is_about_a_header(error: HTTPClientError) -> bool:
+    reason = error.kwargs["error"]  # a plain ValueError of http.client, or of encoding what it is to send
+    return isinstance(reason, UnicodeError) or str(reason).startswith("Invalid header")
 
 
 def code_of(error: ClientError) -> str:
@@ -82,12 +93,16 @@ def status_of(error: ClientError) -> int:
 
 def told(error: BaseException) -> str:
     """A fault in a few words."""
+    if isinstance(error, KeyError):
+        return f"no {error}"
     if isinstance(error, ClientError):
         return f"{status_of(error)} {code_of(error)}" if code_of(error) != str(status_of(error)) else code_of(error)
     return brief(error)
 
 
-def translated(error: BaseException, where: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)) -> ImamlError:
+def translated(
+    error: BaseException, where: str, server: str, now: Callable[[], datetime] = lambda: datetime.now(UTC)
+) -> ImamlError:
     """The project's own error for a fault that is final."""
     if isinstance(error, _NO_CREDENTIALS):
         return StorageError(
@@ -95,7 +110,14 @@ def translated(error: BaseException, where: str, now: Callable[[], datetime] = l
             "or a profile, or storage.anonymous for a public bucket"
         )
     if may_quote_secrets(error):
-        return InputError(f"{where}: the request cannot be sent; look for line breaks in the credentials (AWS_...)")
+        known = "look for line breaks in the credentials (AWS_...)"
+        if not _is_about_a_header(error):
+            known = (
+                "the address of a proxy or of the server cannot be read: check HTTP_PROXY, HTTPS_PROXY and the endpoint"
+            )
+        return InputError(f"{where}: the request cannot be sent; {known}")
+    if isinstance(error, STRANGE):
+        return _strange(where, server, told(error))
     if not isinstance(error, ClientError):
         return InputError(
             f"{where}: the request cannot be made ({brief(error)}); check the URL and the storage settings"
@@ -123,7 +145,14 @@ def translated(error: BaseException, where: str, now: Callable[[], datetime] = l
             f"{where}: access is refused ({told(error)}); check bucket and key, and what these credentials may do "
             "(without the right to list a bucket, a missing object looks the same)"
         )
+    if status in range(300, 400):
+        to = error.response.get("ResponseMetadata", {}).get("HTTPHeaders", {}).get("location", "nowhere")
+        return _strange(where, server, f"{told(error)} to {without_secrets(re.split('[?#]', to)[0])}")
     return StorageError(f"{where}: the server refuses the request ({told(error)})")
+
+
+def _strange(where: str, server: str, what: str) -> StorageError:
+    return StorageError(f"{where}: the server at {server} does not answer as S3 does ({what}); check the endpoint")
 
 
 def _skew(response: dict[str, Any], now: datetime) -> str:

@@ -3,11 +3,16 @@
 import dataclasses
 import os
 import re
+import signal
+import threading
 import time
 
 import pytest
+import yaml
 from helpers import s3_server
+from helpers.command import Command
 from helpers.fault_proxy import Fault, FaultProxy
+from helpers.runs import raw_config
 
 from imaml_dist.errors import ChangedError, MissingError, StorageError
 from imaml_dist.storage.opening import open_storage
@@ -250,3 +255,32 @@ def test_trying_again_is_logged_but_not_each_time(behind_moto, caplog):
     assert [record.getMessage() for record in caplog.records if record.name.startswith("imaml_dist")] == [
         f"{storage.url}/a: 503 SlowDown; trying again (1)"
     ]
+
+
+def test_ctrl_c_does_not_wait_for_what_is_on_its_way(moto_bucket, data, tmp_path):
+    url, options = moto_bucket
+    for path in data.iterdir():
+        open_storage(url, options).write(path.name, path)
+    asked, done = [], threading.Event()
+
+    def stand_still() -> None:
+        asked.append(1)
+        if len(asked) > 1:  # the first one is about the index
+            done.wait(120)
+
+    with FaultProxy(options.endpoint, Fault("call", on="HEAD", action=stand_still)) as proxy:
+        config = raw_config(url) | {"storage": {"endpoint": proxy.url, "read_timeout": 60, "cache": str(tmp_path)}}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+        with Command(
+            "freeze-tasks", "config.yaml", "--out", "tasks", cwd=tmp_path, **s3_server.environment(tmp_path)
+        ) as command:
+            deadline = time.monotonic() + 60
+            while len(asked) < 2 and time.monotonic() < deadline:
+                time.sleep(0.05)
+            time.sleep(0.2)
+            command.kill(signal.SIGINT)
+            began = time.monotonic()
+            assert command.wait() == 130, command.output
+            assert time.monotonic() - began < 10
+        done.set()
+    assert command.output == "imaml: interrupted\n"

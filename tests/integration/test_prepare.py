@@ -179,3 +179,11 @@ def test_another_data_set_is_never_overwritten(data, photos, tmp_path):
         assert (code, len(lines)) == (2, 1)
         assert lines[0] == f"imaml: {data} already holds the data set 'blobs'; choose another --out"
     assert Dataset(str(data)).index == before
+
+
+@pytest.mark.parametrize("kind", ["omniglot", "glyphs"])
+@pytest.mark.parametrize("seed", [-1, 1 << 64])
+def test_a_seed_out_of_its_range_is_told_before_anything_is_done(tmp_path, kind, seed):
+    code, lines = imaml("prepare", kind, "--seed", seed, "--out", "out", cwd=tmp_path)
+    assert (code, lines) == (2, [f"imaml: --seed: {seed} given, seeds are 0 to 2^64 - 1"])
+    assert not (tmp_path / "out").exists()

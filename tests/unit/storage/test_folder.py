@@ -1,8 +1,11 @@
 """A folder as storage, in what sets it apart from a bucket; the rest is in `test_contract`."""
 
+import errno
+import fcntl
 import itertools
 import os
 import signal
+import stat
 import threading
 import time
 
@@ -12,6 +15,7 @@ from imaml_dist.errors import ChangedError, InputError, MissingError, StorageErr
 from imaml_dist.storage import folder as module
 from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.opening import open_storage
+from imaml_dist.storage.protocol import ABSENT
 
 
 def files(folder) -> list[str]:
@@ -24,6 +28,33 @@ def test_paths_and_file_urls(tmp_path):
     for url in (tmp_path / "with space", str(tmp_path / "with space"), f"file://{tmp_path}/with%20space"):
         assert open_storage(url).read("a") == b"1"
         assert open_storage(url).url == str(tmp_path / "with space")
+
+
+def test_a_file_url_may_name_this_host(tmp_path):
+    for url in (f"file://localhost{tmp_path}/a%3Fb", f"file:{tmp_path}/a%3Fb"):
+        assert open_storage(url).url == f"{tmp_path}/a?b"
+
+
+@pytest.mark.parametrize(
+    "url", ["file://data", "file://data/glyphs", "file://[bad", "file:///a?b", "file:///a#b", "file:////a"]
+)
+def test_a_file_url_with_anything_but_a_path_is_refused(url):
+    with pytest.raises(InputError, match="not of the form file:///path; give the whole path"):
+        open_storage(url)
+
+
+@pytest.mark.parametrize("url", ["s3:/bucket/prefix", "gs:/bucket", "S3:/bucket"])
+def test_a_url_with_one_slash_is_refused(url):
+    with pytest.raises(InputError, match=f"two slashes behind the colon; add one, or write ./{url} for a path"):
+        open_storage(url)
+    assert open_storage(f"./{url}").url == url
+
+
+@pytest.mark.parametrize("url", ["a\0b", "a\ud800", "file:///a%00b", "file:///a%FF", "s3://bucket/\udcff", "s3://b/\0"])
+def test_a_url_that_is_no_text_is_refused_and_can_be_printed(url):
+    with pytest.raises(InputError, match="it has a NUL in it or is not UTF-8; give another") as refused:
+        open_storage(url)
+    assert str(refused.value).isprintable() and str(refused.value).isascii()
 
 
 @pytest.mark.parametrize("url", ["gs://bucket/a", "http://host/a", "S4://bucket", "http://[bad"])
@@ -148,3 +179,71 @@ def test_hidden_files_are_no_objects(tmp_path):
     (tmp_path / ".git").mkdir()
     (tmp_path / ".git" / "c").write_bytes(b"3")
     assert list(storage.names()) == [("a", 1)]
+
+
+def test_names_that_are_not_utf_8_and_links_to_nowhere(tmp_path):
+    storage = Folder(tmp_path)
+    storage.write("é", b"1")
+    (tmp_path / os.fsdecode(b"z\xff")).write_bytes(b"22")
+    for link, target in (("loop", "loop"), ("broken", "nothing")):
+        (tmp_path / link).symlink_to(target)
+        with pytest.raises(MissingError, match=f"{link} does not exist"):
+            storage.read(link)
+    assert list(storage.names()) == [("z\udcff", 2), ("é", 1)]
+
+
+def test_a_name_that_is_too_long(tmp_path):
+    for storage, name in ((Folder(tmp_path), "a" * 300), (Folder(tmp_path / ("b" * 300)), "a")):
+        for ask in (storage.stat, storage.read, storage.remove, lambda name, s=storage: s.write(name, b"1")):
+            with pytest.raises(InputError, match=r"\.\.\.: File name too long; give a shorter one"):
+                ask(name)
+
+
+def test_parts_that_killed_writers_left_are_removed(tmp_path):
+    for name in (".a.123.part", ".a.0fe1.part", ".a.b.123.part", ".b.123.part", ".a.part"):
+        (tmp_path / name).write_bytes(b"1")
+    Folder(tmp_path).write("a", b"2")
+    assert files(tmp_path) == [".a.b.123.part", ".a.part", ".b.123.part", "a"]
+
+
+def without_locks(monkeypatch, number, files_too):
+    """A file system that answers so to locks on folders, or on anything."""
+    flock = fcntl.flock
+
+    def refuse(descriptor, how):
+        if files_too or stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(number, os.strerror(number))
+        return flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def test_where_no_folder_can_be_locked_a_hidden_file_is(tmp_path, monkeypatch):
+    without_locks(monkeypatch, errno.EBADF, files_too=False)
+    storage = Folder(tmp_path)
+    version = storage.write("a", b"1", only_if=ABSENT)
+    with module.exclusive(tmp_path / ".lock"):
+        writer = threading.Thread(target=storage.write, args=("a", b"2"))
+        writer.start()
+        time.sleep(0.2)
+        assert storage.read("a", version=version) == b"1"
+    writer.join(10)
+    assert storage.read("a") == b"2"
+    assert list(storage.names()) == [("a", 1)]
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOLCK, errno.EBADF, errno.ENOSYS])
+def test_without_locks_only_what_needs_them_is_refused_and_at_once(tmp_path, monkeypatch, number):
+    without_locks(monkeypatch, number, files_too=True)
+    storage, began = Folder(tmp_path), time.monotonic()
+    (tmp_path / ".a.123.part").write_bytes(b"of a writer that may live")
+    version = storage.write("a", b"1")
+    for condition in (ABSENT, version):
+        with pytest.raises(StorageError, match="/a: this file system has no locks, so another writer could be faster"):
+            storage.write("a", b"2", only_if=condition)
+    assert storage.read("a", version=version) == b"1"
+    assert (tmp_path / ".a.123.part").exists()
+    assert time.monotonic() - began < 5
+    with pytest.raises(OSError, match=os.strerror(number)) as refused, module.exclusive(tmp_path / "lock"):
+        pass
+    assert refused.value.filename == str(tmp_path / "lock")
