@@ -115,24 +115,21 @@ class CachedShards:
     def _opened(self, number: int) -> memoryview:
         try:
             if time.monotonic() - self._failed_at < FAILURE_S:
-                raise self._failure  # has just been waited for; those in the queue need not all find out for themselves
-            key, content, mapped = self._read(number)
-        except StorageError as error:
-            self._failure, self._failed_at = error, time.monotonic()
-            with self._lock:
-                del self._coming[number]
-            raise
-        except BaseException:
-            with self._lock:
-                del self._coming[number]
-            raise
-        with self._lock:
-            del self._coming[number]
+                raise self._failure  # has just been waited for: those in the queue need not all find out for themselves
+            try:
+                key, content, mapped = self._read(number)
+            except StorageError as error:
+                self._failure, self._failed_at = error, time.monotonic()
+                raise
             if mapped:
-                self._open[number] = _Opened(key, content)
-                while len(self._open) > self._most_open:
-                    del self._open[next(iter(self._open))]
-        return content
+                with self._lock:
+                    self._open[number] = _Opened(key, content)
+                    while len(self._open) > self._most_open:
+                        del self._open[next(iter(self._open))]
+            return content
+        finally:
+            with self._lock:
+                del self._coming[number]
 
     def _read(self, number: int) -> tuple[str, memoryview, bool]:
         """Map a block, or read it. Out of the cache too it is verified, for disks damage what they keep."""

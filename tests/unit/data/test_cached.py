@@ -11,7 +11,7 @@ from helpers.datasets import CLASSES, records, write_blobs
 
 from imaml_dist.data.blocks import blocks_of
 from imaml_dist.data.cache import NodeCache
-from imaml_dist.data.cached import FETCHES, CachedShards
+from imaml_dist.data.cached import FAILURE_S, FETCHES, CachedShards
 from imaml_dist.data.index import read_index
 from imaml_dist.errors import DataError, StorageError
 from imaml_dist.storage.folder import Folder
@@ -226,6 +226,11 @@ def test_an_outage_is_waited_for_once(opened, storage, folder):
     with pytest.raises(StorageError, match="no route"):
         shards.fetch(everything)
     assert storage.reads <= 4
+    storage.spoil = None
+    while shards._coming:
+        time.sleep(0.01)
+    shards._failed_at -= FAILURE_S
+    check_all(shards, folder)  # storage is back
 
 
 def test_content_is_mapped_and_not_held_in_memory(opened, folder):
