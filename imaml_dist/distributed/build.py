@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import resource
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -30,6 +31,10 @@ from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tasks.episode import TaskSource
+
+
+OPEN_FILES = 1 << 16
+"""As many of a data set's blocks as a worker may keep open; a quarter of what the process may is used."""
 
 
 def resolve(config: ExperimentConfig, *, cuda: bool, native: Callable[[], bool] = kernels.usable) -> ExperimentConfig:
@@ -61,8 +66,13 @@ def resolve(config: ExperimentConfig, *, cuda: bool, native: Callable[[], bool] 
 
 
 def prepare_process(config: ExperimentConfig) -> None:
-    """Set up this process so that equal work gives equal bits (threads, algorithms, TF32 only if asked for), and memory is used again."""
+    """Set up this process so that equal work gives equal bits (threads, algorithms, TF32 only if asked for), memory is used again, and
+    a data set's files may be open at once."""
     keep_freed_memory()
+    files, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most == resource.RLIM_INFINITY or most > files:
+        enough = OPEN_FILES if most == resource.RLIM_INFINITY else min(most, OPEN_FILES)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(files, enough), most))
     torch.set_num_threads(config.run.threads)
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
