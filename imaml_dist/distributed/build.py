@@ -32,7 +32,6 @@ from imaml_dist.models.mlp import MLP
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tasks.episode import TaskSource
 
-
 OPEN_FILES = 1 << 16
 """As many of a data set's blocks as a worker may keep open; a quarter of what the process may is used."""
 
