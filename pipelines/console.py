@@ -64,6 +64,8 @@ def step_remark(record: dict[str, Any]) -> str:
             parts.append(f"{label} {record[key]:.3g}")
     if record.get("excluded"):
         parts.append(f"excluded {record['excluded']}" + (", step skipped" if record.get("step_skipped") else ""))
+    if record.get("s3_retries"):
+        parts.append(f"storage asked again {record['s3_retries']:.0f} times")
     if record.get("tasks_per_second") is not None:
         parts.append(f"{record['tasks_per_second']:.1f} tasks/s")
     return ", ".join(parts)

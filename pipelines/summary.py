@@ -11,6 +11,7 @@ import torch
 
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed.traffic import KEYS
 from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.mlflow_run import MlflowRun
 from imaml_dist.training import checkpoints
@@ -57,6 +58,7 @@ def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, track
         "ledger": {"tasks": facts["ledger"]["tasks"], "sha256": facts["ledger"]["digest"]},
         "params_sha256": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),
         "state_sha256": sha256_of(tensors),
+        "storage": _storage(records),
         "versions": versions(),
         "environment": {
             "platform": platform.platform(),
@@ -79,6 +81,20 @@ def _warm_start(config: ExperimentConfig, starts: list[dict[str, Any]]) -> dict[
     return {"path": config.warm_start.path, "sha256": noted[-1]} if noted else None
 
 
+def _storage(records: list[dict[str, Any]]) -> dict[str, float] | None:
+    """What training asked of object storage, over all steps on record and all workers; None where it asked nothing."""
+    totals = {key: sum(float(record.get(key) or 0) for record in records) for key in KEYS}
+    return totals if any(totals.values()) else None
+
+
+def _asked(storage: dict[str, float] | None) -> dict[str, str]:
+    if storage is None:
+        return {}
+    retries, waited = storage["s3_retries"], storage["s3_seconds_waited"]
+    again = f", {retries:.0f} times again after {waited:.1f} s of waiting" if retries else ""
+    return {"object storage": f"{storage['s3_bytes'] / 1e6:.1f} MB in {storage['s3_requests']:.0f} requests{again}"}
+
+
 def show_summary(run: RunDirectory) -> None:
     """The table that ends a run."""
     facts = run.read_json(run.summary_file)
@@ -98,6 +114,7 @@ def show_summary(run: RunDirectory) -> None:
             "meta-steps": f"{facts['meta_steps']} in {facts['seconds']:.0f} s on {facts['world_size']} worker(s)",
             "restarts": str(facts["restarts"]),
             "tasks per second": "-" if facts["tasks_per_second"] is None else f"{facts['tasks_per_second']:.1f}",
+            **_asked(facts.get("storage")),
             "excluded tasks, skipped steps": f"{facts['skipped_tasks']}, {facts.get('skipped_steps', 0)}",
             "params sha256": facts["params_sha256"][:16],
             "report": str(run.report_file),

@@ -1,5 +1,6 @@
 """Credentials of object storage are nowhere in what a run leaves or says: when all is well, when storage refuses, in a crash."""
 
+import json
 import shutil
 import signal
 import tempfile
@@ -67,6 +68,8 @@ def test_of_a_run_that_ends_well(config, secrets, tmp_path):
     code, output = imaml("--debug", "train", str(config), "--run-dir", "runs/tiny", cwd=work, **secrets)
     assert code == 0, output
     assert (work / "runs" / "mlflow.db").is_file()
+    assert json.loads((work / "runs" / "tiny" / "summary.json").read_text())["storage"]["s3_bytes"] > 0
+    assert "object storage" in output
     assert_no_canary(output, work, tmp_path / "cache")
 
 
