@@ -23,12 +23,12 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from imaml_dist.data.index import FILE_NAME, ClassEntry, Index, ShardEntry, canonical
-from imaml_dist.data.publishing import alone, another, publish, version_of
+from imaml_dist.data.index import FILE_NAME, ClassEntry, Index, ShardEntry, canonical, read_index
+from imaml_dist.data.publishing import publish, version_of
 from imaml_dist.data.records import AnyRecord, ClassRecord
-from imaml_dist.errors import ChangedError, MissingError
+from imaml_dist.errors import DataError, MissingError
 from imaml_dist.storage.folder import Folder
-from imaml_dist.storage.protocol import ABSENT, Storage
+from imaml_dist.storage.protocol import Storage
 
 SHARD_BYTES = 64 << 20
 """A shard is closed when its classes reach this size."""
@@ -37,14 +37,14 @@ SKIPPED_NAME = "skipped.txt"
 """Lists images that were left out because they could not be read, a line each; absent where there are none."""
 
 _KEY = re.compile(r"[A-Za-z0-9_\-@/]+\Z")
-_SHARD = re.compile(r"(?:train|val|test)-\d{6}\.tar\Z")
+_SHARD = re.compile(r"(?:train|val|test)-\d{6}-[0-9a-f]{12}\.tar\Z")
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """One shard to be written; `asked` is a digest of all that decides about its bytes."""
+    """One shard to be written, the n-th of its split; `asked` is a digest of all that is known to decide about its bytes."""
 
-    name: str
+    place: str
     split: str
     records: tuple[AnyRecord, ...]
     asked: str
@@ -74,7 +74,8 @@ def write_dataset(
     """Write shards, then `index.json` last, so that what has an index is complete.
 
     Records are loaded when their turn comes, so no more than one class is held in memory. A preparation that was interrupted
-    goes on with the first shard that is missing, if it is asked for the same. What an earlier preparation left is replaced.
+    goes on with the first shard that is missing, if it is asked for the same. A data set that is there stays as it is until
+    the new one is whole; then it is replaced.
     Images that records left out are counted in the provenance, and listed beside the index.
 
     Args:
@@ -92,12 +93,12 @@ def write_dataset(
 
     Raises:
         ValueError: an image array of another type or shape, or a key twice, or with other characters than allowed.
-        DataError: another preparation writes here at the same time.
+        DataError: another preparation has written its index here meanwhile.
         StorageError: storage fails.
     """
     storage: Storage = Folder(place) if isinstance(place, Path) else place
     plans = list(_plans(splits, shard_bytes, provenance if settings is None else settings))
-    storage.remove(FILE_NAME)
+    before, replaced = version_of(storage, FILE_NAME), _shards_of_index(storage)
     total, done = sum(len(plan.records) for plan in plans), 0
 
     def one_more() -> None:
@@ -107,29 +108,33 @@ def write_dataset(
             progress(done, total)
 
     written: list[_Finished] = []
-    ours: dict[str, tuple[str, ShardEntry]] = {}
-    with alone(storage, ours):
-        for plan in plans:
-            finished = _finished(storage, plan)
-            if finished is None:
-                finished = _write_shard(storage, plan, one_more)
-            else:
-                done += len(plan.records)
-            written.append(finished)
-            ours[plan.name] = finished.version, finished.shard
-        skipped = [line for shard in written for entry in shard.classes for line in entry.pop("skipped")]
-        listed = "".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace")
-        if skipped:
-            storage.write(SKIPPED_NAME, listed)
-            facts = {"skipped": {"images": len(skipped), "sha256": hashlib.sha256(listed).hexdigest()}}
+    for plan in plans:
+        finished = _finished(storage, plan)
+        if finished is None:
+            finished = _write_shard(storage, plan, one_more)
         else:
-            storage.remove(SKIPPED_NAME)
-            facts = {}
-        entries = _entries(splits, plans, written, rotations or {})
-        index = Index(name, {**provenance, **facts}, tuple(shard.shard for shard in written), entries)
-        publish(storage, index, {shard: version for shard, (version, _) in ours.items()})
-    _tidy(storage, {shard.name for shard in index.shards})
+            done += len(plan.records)
+        written.append(finished)
+    skipped = [line for shard in written for entry in shard.classes for line in entry.pop("skipped")]
+    listed = "".join(f"{line}\n" for line in skipped).encode(errors="backslashreplace")
+    digest = hashlib.sha256(listed).hexdigest()
+    facts = {"skipped": {"images": len(skipped), "sha256": digest}} if skipped else {}
+    if skipped:
+        storage.write(SKIPPED_NAME, listed)
+    entries = _entries(splits, plans, written, rotations or {})
+    index = Index(name, {**provenance, **facts}, tuple(shard.shard for shard in written), entries)
+    publish(storage, index, {shard.shard.name: shard.version for shard in written}, only_if=before)
+    if not skipped:
+        storage.remove(SKIPPED_NAME)
+    _tidy(storage, {shard.name for shard in index.shards}, replaced)
     return index
+
+
+def _shards_of_index(storage: Storage) -> set[str]:
+    try:
+        return {shard.name for shard in read_index(storage).shards}
+    except DataError:  # none that could be used
+        return set()
 
 
 def _plans(splits: Mapping[str, Sequence[AnyRecord]], shard_bytes: int, settings: Mapping[str, Any]) -> Iterator[_Plan]:
@@ -148,7 +153,7 @@ def _plans(splits: Mapping[str, Sequence[AnyRecord]], shard_bytes: int, settings
         for number, group in enumerate(groups):
             wanted = [[record.key, list(record.shape), record.digest] for record in group]
             asked = hashlib.sha256(canonical({"settings": dict(settings), "records": wanted})).hexdigest()
-            yield _Plan(f"{split}-{number:06d}.tar", split, tuple(group), asked)
+            yield _Plan(f"{split}-{number:06d}", split, tuple(group), asked)
 
 
 def _entries(
@@ -165,40 +170,36 @@ def _entries(
     return {split: tuple(sorted(found, key=lambda c: c.key.encode())) for split, found in entries.items()}
 
 
-def _note(shard: str) -> str:
+def _note(place: str) -> str:
     """Where an unfinished data set keeps what the index will say of a finished shard."""
-    return f".{shard}.json"
+    return f".{place}.json"
 
 
 def _finished(storage: Storage, plan: _Plan) -> _Finished | None:
     """What an interrupted preparation of the same noted of a shard, if the shard is still the one it wrote."""
     try:
-        noted = _Finished(**json.loads(storage.read(_note(plan.name))))
-        if noted.asked != plan.asked or noted.version != version_of(storage, plan.name):
+        noted = _Finished(**json.loads(storage.read(_note(plan.place))))
+        raw: Any = noted.shard
+        shard = ShardEntry(**raw | {"gaps": tuple(raw["gaps"])})
+        if noted.asked != plan.asked or noted.version != version_of(storage, shard.name):
             return None
         if any(entry["skipped"] for entry in noted.classes) and not all(r.may_skip for r in plan.records):
             return None
-        raw: Any = noted.shard
-        return replace(noted, shard=ShardEntry(**raw | {"gaps": tuple(raw["gaps"])}))
+        return replace(noted, shard=shard)
     except (MissingError, ValueError, KeyError, TypeError):
         return None
 
 
 def _write_shard(storage: Storage, plan: _Plan, one_more: Callable[[], None]) -> _Finished:
-    """Write a shard and a note of it, unless somebody else writes here as well."""
-    before = version_of(storage, plan.name)
+    """Write a shard under a name that stands for its content, so that it takes no other's place, and a note of it."""
     with tempfile.TemporaryDirectory(prefix="imaml-prepare-") as scratch:
-        path = Path(scratch) / plan.name
+        path = Path(scratch) / "shard.tar"
         classes = _build(path, plan.records, one_more)
-        shard = shard_entry(path, [(c["offset"] + c["header"], math.prod(c["shape"])) for c in classes])
-        if version_of(storage, FILE_NAME) != ABSENT:
-            raise another(storage, FILE_NAME)
-        try:
-            version = storage.write(plan.name, path, only_if=before)
-        except ChangedError as error:
-            raise another(storage, plan.name) from error
+        described = shard_entry(path, [(c["offset"] + c["header"], math.prod(c["shape"])) for c in classes])
+        shard = replace(described, name=f"{plan.place}-{described.sha256[:12]}.tar")
+        version = storage.write(shard.name, path)
     finished = _Finished(plan.asked, version, shard, classes)
-    storage.write(_note(plan.name), canonical(asdict(finished)))
+    storage.write(_note(plan.place), canonical(asdict(finished)))
     return finished
 
 
@@ -274,9 +275,9 @@ def crc32_of(file: BinaryIO, begin: int, end: int) -> int:
     return found
 
 
-def _tidy(storage: Storage, listed: set[str]) -> None:
-    """Remove all notes, and the shards of an earlier preparation."""
-    for name in [name for name, _ in storage.names() if _SHARD.match(name)]:
-        storage.remove(_note(name))
+def _tidy(storage: Storage, listed: set[str], replaced: set[str]) -> None:
+    """Remove all notes, the shards of the index that was replaced, and those of preparations that never came to an end."""
+    for name in [name for name, _ in storage.names() if _SHARD.match(name) or name in replaced]:
+        storage.remove(_note(name.rpartition("-")[0]))
         if name not in listed:
             storage.remove(name)

@@ -1,5 +1,7 @@
 """Small data sets that take no time to make: noisy blobs on 28x28, learnable by a tiny network."""
 
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,19 @@ def records(split: str, classes: int, images: int = 20) -> list[ClassRecord]:
     return made
 
 
+def shard(folder: Path, split: str, number: int = 0) -> Path:
+    """A shard of a prepared data set, whose name ends with a part of its sha256."""
+    return next(folder.glob(f"{split}-{number:06d}-*.tar"))
+
+
 def write_blobs(folder: Path, **kwargs) -> Index:
     splits = {split: records(split, count) for split, count in CLASSES.items()}
     return write_dataset(folder, "blobs", splits, {"made": "for tests"}, **kwargs)
+
+
+@cache
+def shard_name(split: str) -> str:
+    """Of the only shard that `write_blobs` makes of a split."""
+    with tempfile.TemporaryDirectory() as folder:
+        write_blobs(Path(folder))
+        return shard(Path(folder), split).name

@@ -288,7 +288,7 @@ def test_a_truncated_shard_is_one_sentence_and_exit_code_2(tmp_path):
     shard = next((tmp_path / "blobs").glob("train-*.tar"))
     shard.write_bytes(shard.read_bytes()[:-700])
     config = write_config(tmp_path / "tiny.yaml", tmp_path / "blobs")
-    damage = {"train": "train-000000.tar is", "verify": "shard train-000000.tar, bytes"}
+    damage = {"train": f"{shard.name} is", "verify": f"shard {shard.name}, bytes"}
     for args in (("train", str(config)), ("verify", str(tmp_path / "blobs"))):
         code, output = imaml(*args, cwd=tmp_path)
         assert code == 2

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers.datasets import write_blobs
+from helpers.datasets import shard, write_blobs
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.gloo import run_group
 from helpers.runs import fingerprint, raw_config, tiny, train_alone, train_in_a_group
@@ -128,14 +128,15 @@ def size_of_cache(folder: Path) -> int:
 def test_a_shard_replaced_in_mid_read_is_refused_by_name(moto_bucket, folder, tmp_path):
     url, options = moto_bucket
     upload(folder, url, options)
-    content = bytearray((folder / "train-000000.tar").read_bytes())
+    path = shard(folder, "train")
+    content = bytearray(path.read_bytes())
     content[5000] ^= 1
     replace = Fault(
-        "call", every=3, times=1, action=lambda: open_storage(url, options).write("train-000000.tar", bytes(content))
+        "call", every=3, times=1, action=lambda: open_storage(url, options).write(path.name, bytes(content))
     )
     with FaultProxy(options.endpoint, replace) as proxy:
         config = remote(url, proxy.url, tmp_path / "cache", prefetch=0, cache_bytes=0)
-        with pytest.raises(DataError, match=r"train-000000\.tar: bytes \d+ to \d+, the images of class"):
+        with pytest.raises(DataError, match=path.name + r": bytes \d+ to \d+, the images of class"):
             train_alone(config, tmp_path / "run")
 
 

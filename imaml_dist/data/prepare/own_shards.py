@@ -12,7 +12,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from imaml_dist.data.index import FILE_NAME, MAX_HEADER, SPLITS, ClassEntry, Index, ShardEntry, read_index
-from imaml_dist.data.publishing import alone, publish, version_of
+from imaml_dist.data.publishing import publish, version_of
 from imaml_dist.data.shards import crc32_of, shard_entry
 from imaml_dist.data.tar import Member, members
 from imaml_dist.errors import DataError
@@ -43,6 +43,12 @@ def index_shards(storage: Storage, name: str, progress: Callable[[int, int], Non
         StorageError: storage fails.
     """
     before = version_of(storage, FILE_NAME)
+    try:
+        there = read_index(storage)
+    except DataError:  # none that could be used
+        there = None
+    if there is not None and there.provenance.get("kind") != "shards":
+        raise DataError(f"{storage.url} already holds the data set {there.name!r}; choose another --out")
     names = [found for found, _ in storage.names() if _SHARD.match(found)]
     if not names:
         raise DataError(f"{storage.url} holds no shard named as train-000000.tar; write some as docs/preparing.md says")
@@ -67,16 +73,9 @@ def index_shards(storage: Storage, name: str, progress: Callable[[int, int], Non
             progress(number + 1, len(names))
     ordered = {split: tuple(sorted(found, key=lambda c: c.key.encode())) for split, found in splits.items()}
     index = Index(name, {"kind": "shards"}, tuple(shards), ordered)
-    try:
-        there = read_index(storage)
-    except DataError:  # none that could be used
-        there = None
     if there == index:
         return index, True
-    if there is not None and there.provenance.get("kind") != "shards":
-        raise DataError(f"{storage.url} already holds the data set {there.name!r}; choose another --out")
-    with alone(storage, {}):
-        publish(storage, index, versions, only_if=before)
+    publish(storage, index, versions, only_if=before)
     return index, False
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
-from helpers.datasets import CLASSES, records, write_blobs
+from helpers.datasets import CLASSES, records, shard, write_blobs
 
 from imaml_dist.data.blocks import blocks_of
 from imaml_dist.data.cache import NodeCache
@@ -127,7 +127,7 @@ def test_what_always_arrives_damaged_is_named(opened, storage, folder, tmp_path)
     block = blocks_of(read_index(Folder(folder)))[0]
     at = block.begin + (block.end - block.begin) // 3
     hit = next(record for record in block.records if record.begin <= at < record.end)
-    expected = f"s3://bucket/blobs/train-000000.tar: bytes {hit.begin} to {hit.end}, the images of class {hit.key!r}"
+    expected = f"s3://bucket/blobs/{shard(folder, 'train').name}: bytes {hit.begin} to {hit.end}, the images of class {hit.key!r}"
     assert expected in str(caught.value)
     assert storage.reads == FETCHES
     assert not list((tmp_path / "cache").glob("blocks/??/*"))
@@ -145,7 +145,7 @@ def test_what_is_damaged_in_the_cache_is_fetched_again(opened, storage, folder, 
 def test_a_replaced_shard_with_the_same_content_is_read_on(opened, storage, folder):
     shards = opened()
     shards.check()
-    path = folder / "train-000000.tar"
+    path = shard(folder, "train")
     path.write_bytes(path.read_bytes())
     check_all(shards, folder)
 
@@ -153,20 +153,20 @@ def test_a_replaced_shard_with_the_same_content_is_read_on(opened, storage, fold
 def test_a_shard_replaced_by_another_is_refused_by_name(opened, storage, folder):
     shards = opened()
     shards.check()
-    path = folder / "train-000000.tar"
+    path = shard(folder, "train")
     path.write_bytes(flipped(path.read_bytes()))
-    with pytest.raises(DataError, match=r"train-000000\.tar: bytes"):
+    with pytest.raises(DataError, match=f"{path.name}: bytes"):
         check_all(shards, folder)
 
 
 def test_missing_and_short_shards_are_known_at_once(opened, folder):
-    path = folder / "val-000000.tar"
+    path = shard(folder, "val")
     content = path.read_bytes()
     path.write_bytes(content[:-512])
-    with pytest.raises(DataError, match=rf"val-000000\.tar is {len(content) - 512} bytes.*missing"):
+    with pytest.raises(DataError, match=rf"{path.name} is {len(content) - 512} bytes.*missing"):
         opened().check()
     path.unlink()
-    with pytest.raises(DataError, match=r"val-000000\.tar is missing"):
+    with pytest.raises(DataError, match=f"{path.name} is missing"):
         opened().check()
 
 

@@ -5,7 +5,7 @@ import threading
 
 import numpy as np
 import pytest
-from helpers.datasets import records, write_blobs
+from helpers.datasets import records, shard, write_blobs
 
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.errors import ChangedError, DataError
@@ -27,19 +27,19 @@ def rewrite(path, content):
 
 def test_damage_is_found_before_the_first_use_and_named(folder):
     dataset = Dataset(str(folder))
-    entry, path = dataset.classes("train")[3], folder / "train-000000.tar"
+    entry, path = dataset.classes("train")[3], shard(folder, "train")
     content = bytearray(path.read_bytes())
     begin = entry.offset + entry.header
     content[begin + 100] ^= 1
     rewrite(path, bytes(content))
     dataset.images(dataset.classes("train")[2])
-    with pytest.raises(DataError, match=rf"train-000000\.tar: bytes {begin} to {begin + 20 * 784}.*'train/c003'"):
+    with pytest.raises(DataError, match=rf"{path.name}: bytes {begin} to {begin + 20 * 784}.*'train/c003'"):
         dataset.images(entry)
 
 
 def test_a_shard_that_is_damaged_after_its_first_use_is_verified_again(folder):
     dataset = Dataset(str(folder))
-    entry, path = dataset.classes("train")[3], folder / "train-000000.tar"
+    entry, path = dataset.classes("train")[3], shard(folder, "train")
     dataset.images(entry)
     content = bytearray(path.read_bytes())
     content[entry.offset + entry.header] ^= 1
@@ -50,7 +50,7 @@ def test_a_shard_that_is_damaged_after_its_first_use_is_verified_again(folder):
 
 def test_a_shard_that_is_touched_or_copied_again_is_read_on(folder):
     dataset = Dataset(str(folder))
-    entry, path = dataset.classes("train")[3], folder / "train-000000.tar"
+    entry, path = dataset.classes("train")[3], shard(folder, "train")
     before = dataset.images(entry)
     rewrite(path, path.read_bytes())
     np.testing.assert_array_equal(dataset.images(entry), before)
@@ -58,7 +58,7 @@ def test_a_shard_that_is_touched_or_copied_again_is_read_on(folder):
 
 def test_a_shard_cut_after_it_was_opened_is_refused(folder):
     dataset = Dataset(str(folder))
-    entry, path = dataset.classes("train")[0], folder / "train-000000.tar"
+    entry, path = dataset.classes("train")[0], shard(folder, "train")
     dataset.images(entry)
     rewrite(path, path.read_bytes()[:-1024])
     with pytest.raises(DataError, match="missing"):
@@ -67,7 +67,7 @@ def test_a_shard_cut_after_it_was_opened_is_refused(folder):
 
 def test_what_was_read_while_somebody_wrote_is_not_used(folder):
     dataset = Dataset(str(folder))
-    entry, path = dataset.classes("train")[0], folder / "train-000000.tar"
+    entry, path = dataset.classes("train")[0], shard(folder, "train")
 
     class Writer:
         """Writes to the shard in the middle of every reading."""
@@ -93,7 +93,7 @@ def test_what_was_read_while_somebody_wrote_is_not_used(folder):
 
 def test_copying_over_a_shard_in_use_ends_nothing(folder):
     """`cp` cuts the file to nothing first: a reader that had it mapped would be ended by the system."""
-    dataset, path = Dataset(str(folder)), folder / "train-000000.tar"
+    dataset, path = Dataset(str(folder)), shard(folder, "train")
     content, stop, outcomes = path.read_bytes(), threading.Event(), set()
 
     def copy():

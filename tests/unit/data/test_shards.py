@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import webdataset
-from helpers.datasets import CLASSES, records, write_blobs
+from helpers.datasets import CLASSES, records, shard, write_blobs
 
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.index import Index, pixel_ranges, read_index
@@ -228,9 +228,30 @@ def test_a_shard_that_was_changed_since_the_interruption_is_written_again(tmp_pa
     _prepare(tmp_path / "undisturbed", [])
     with pytest.raises(StorageError):
         _prepare(Breaking(tmp_path / "x", 8), [])
-    (tmp_path / "x" / "train-000000.tar").write_bytes(b"of somebody else")
+    shard(tmp_path / "x", "train").write_bytes(b"of somebody else")
     _prepare(tmp_path / "x", [])
     assert _content(tmp_path / "x") == _content(tmp_path / "undisturbed")
+
+
+def test_a_data_set_stays_whole_until_another_one_in_its_place_is(tmp_path):
+    """Whatever ends the second preparation, and whenever."""
+    _prepare(tmp_path / "new", [], "new")
+    for k in range(1, 12):
+        folder = tmp_path / str(k)
+        _prepare(folder, [], "old", classes=3)
+        before = _content(folder)
+        with pytest.raises(StorageError):
+            _prepare(Breaking(folder, k), [], "new")
+        assert before.items() <= _content(folder).items()
+        assert not list(mismatches(Folder(folder), read_index(Folder(folder))))
+        _prepare(folder, [], "new")
+        assert _content(folder) == _content(tmp_path / "new")
+
+
+def test_shards_of_a_users_own_are_left_alone(tmp_path):
+    (tmp_path / "train-000000.tar").write_text("precious")
+    _prepare(tmp_path, [])
+    assert (tmp_path / "train-000000.tar").read_text() == "precious"
 
 
 def test_shards_and_notes_of_earlier_preparations_are_removed_and_other_files_left(tmp_path):
@@ -252,19 +273,6 @@ def test_another_preparation_that_publishes_meanwhile_is_not_overwritten(tmp_pat
     with pytest.raises(DataError, match=r"another preparation has written its index\.json here meanwhile"):
         write_dataset(tmp_path, "x", {"train": [LazyRecord(record.key, record.shape, meanwhile)]}, {})
     assert (tmp_path / "index.json").read_text() == "of another"
-
-
-def test_a_shard_that_another_preparation_writes_meanwhile_is_not_overwritten(tmp_path):
-    record = records("train", 1)[0]
-
-    def meanwhile():
-        (tmp_path / "train-000000.tar").write_text("of another")
-        return record
-
-    with pytest.raises(DataError, match=r"another preparation has written its train-000000\.tar here meanwhile"):
-        write_dataset(tmp_path, "x", {"train": [LazyRecord(record.key, record.shape, meanwhile)]}, {})
-    assert (tmp_path / "train-000000.tar").read_text() == "of another"
-    assert not (tmp_path / "index.json").exists()
 
 
 def test_no_more_than_two_records_are_held_at_once(tmp_path):
@@ -292,29 +300,19 @@ def test_skipped_images_are_listed_even_if_their_names_are_no_text(tmp_path):
     assert not (tmp_path / "skipped.txt").exists()
 
 
-def test_a_shard_that_another_preparation_wrote_meanwhile_is_not_overwritten(tmp_path):
-    record, storage = records("train", 1)[0], Folder(tmp_path)
-
-    def meanwhile():
-        storage.write("train-000000.tar", b"of another")
-        return record
-
-    with pytest.raises(DataError, match=r"another preparation has written its train-000000\.tar here meanwhile"):
-        write_dataset(storage, "x", {"train": [LazyRecord(record.key, record.shape, meanwhile)]}, {})
-    assert storage.read("train-000000.tar") == b"of another"
-    assert not (tmp_path / "index.json").exists()
-
-
-def test_a_shard_that_another_preparation_replaced_is_not_published(tmp_path):
+def test_a_shard_that_somebody_replaced_is_not_published(tmp_path):
     first, second = records("train", 2)
+    replaced = []
 
     def meanwhile():
-        Folder(tmp_path).write("train-000000.tar", b"of another")
+        replaced.append(shard(tmp_path, "train").name)
+        Folder(tmp_path).write(replaced[0], b"of another")
         return second
 
     lazy = [LazyRecord(first.key, first.shape, first.load), LazyRecord(second.key, second.shape, meanwhile)]
-    with pytest.raises(DataError, match=r"another preparation has written its train-000000\.tar here meanwhile"):
+    with pytest.raises(DataError) as caught:
         write_dataset(tmp_path, "x", {"train": lazy}, {}, shard_bytes=1)
+    assert f"another preparation has written its {replaced[0]} here meanwhile" in str(caught.value)
     assert not (tmp_path / "index.json").exists()
 
 
@@ -383,4 +381,4 @@ def test_object_storage_is_prepared_continued_and_replaced_as_a_folder_is(tmp_pa
     assert {name: bucket.read(name) for name, _ in bucket.names()} == _content(tmp_path)
     _prepare(bucket, loaded := [], "other", classes=2)
     assert loaded == expected[:2] + expected[-3:] and list(mismatches(bucket, read_index(bucket))) == []
-    assert [name for name, _ in bucket.names() if name.startswith("train")] == ["train-000000.tar"]
+    assert len([name for name, _ in bucket.names() if name.startswith("train")]) == 1

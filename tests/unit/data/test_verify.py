@@ -2,14 +2,14 @@
 
 import pytest
 from helpers.command import imaml_here
-from helpers.datasets import write_blobs
+from helpers.datasets import shard_name, write_blobs
 
 from imaml_dist.data.index import read_index
 from imaml_dist.data.verify import mismatches
 from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.opening import open_storage
 
-SHARD = "val-000000.tar"
+SHARD, TRAIN = shard_name("val"), shard_name("train")
 
 
 @pytest.fixture
@@ -69,10 +69,10 @@ def test_one_flipped_bit_anywhere_is_named(folder):
 def test_several_flipped_bits_are_all_named_in_their_order(folder):
     chosen = sorted(places(folder).values())
     flip(folder, *(place for place, _ in chosen))
-    flip(folder, 1, shard="train-000000.tar")
+    flip(folder, 1, shard=TRAIN)
     named = found(folder)
     assert [m.member for m in named][1:] == list(dict.fromkeys(member for _, member in chosen))
-    assert [m.shard for m in named] == ["train-000000.tar"] + [SHARD] * (len(named) - 1)
+    assert [m.shard for m in named] == [TRAIN] + [SHARD] * (len(named) - 1)
     assert all(any(m.begin <= place < m.end for m in named) for place, _ in chosen)
 
 
@@ -105,7 +105,7 @@ def test_object_storage_is_verified_as_a_folder_is(folder, moto_bucket):
     chosen = [place for place, _ in places(folder).values()]
     for storage in (folder, bucket):
         flip(storage, *chosen)
-        storage.remove("train-000000.tar")
+        storage.remove(TRAIN)
     assert found(bucket) == found(folder)
     assert len(found(bucket)) > 4
 
@@ -120,7 +120,7 @@ def test_the_command_prints_all_that_does_not_match(folder, moto_bucket):
     code, lines = verify(folder.url, cwd=folder.path)
     assert (code, lines) == (0, [f"{folder.url}: 3 shards with 28 classes verify"])
     flip(folder, 100, places(folder)["first pixel"][0])
-    folder.remove("test-000000.tar")
+    folder.remove(shard_name("test"))
     named = found(folder)
     code, lines = verify(folder.url, cwd=folder.path)
     assert code == 2
