@@ -31,6 +31,10 @@ class MissingError(InputError):
     """Nothing has that name in storage."""
 
 
+class MissingBucketError(MissingError):
+    """The bucket itself does not exist, let alone what is in it."""
+
+
 class ModelError(InputError):
     """A model cannot be meta-trained as it is; the message names the layer."""
 

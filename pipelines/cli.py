@@ -37,6 +37,8 @@ Out = Annotated[str, typer.Option("--out", help="Where to write: a path, file://
 Endpoint = Annotated[str | None, typer.Option(help="URL of an S3-compatible server; AWS_ENDPOINT_URL_S3 if not given.")]
 Size = Annotated[int, typer.Option(help="Pixels of each side, after cutting out the largest centred square.")]
 SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that cannot be read, and list them.")]
+RetrySeconds = Annotated[float, typer.Option(min=0, help="How long storage may go on failing without progress.")]
+Fresh = Annotated[bool, typer.Option("--fresh", help="Prepare again what is there already, to mend damage.")]
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Sign no requests, for public buckets.")]
 Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
@@ -48,8 +50,8 @@ def _seed(seed: int) -> int:
     return seed
 
 
-def _storage(url: str, endpoint: str | None, anonymous: bool = False) -> Storage:
-    return open_storage(url, StorageOptions(endpoint=endpoint, anonymous=anonymous))
+def _storage(url: str, endpoint: str | None, anonymous: bool, retry_seconds: float) -> Storage:
+    return open_storage(url, StorageOptions(endpoint=endpoint, anonymous=anonymous, retry_seconds=retry_seconds))
 
 
 @app.callback()
@@ -92,12 +94,14 @@ def prepare_glyphs(
     seed: Annotated[int, typer.Option(help="Of the rendering.")] = 0,
     endpoint: Endpoint = None,
     anonymous: Anonymous = False,
+    retry_seconds: RetrySeconds = 60.0,
+    fresh: Fresh = False,
 ) -> None:
     """Render the embedded data set: glyphs of the fonts shipped with matplotlib, unseen scripts for testing."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_glyphs(_storage(out, endpoint, anonymous), _seed(seed))
+        prepare.prepare_glyphs(_storage(out, endpoint, anonymous, retry_seconds), _seed(seed), fresh)
 
 
 @prepare_app.command("omniglot")
@@ -112,12 +116,14 @@ def prepare_omniglot(
     seed: Annotated[int, typer.Option(help="Of the split into train, val and test.")] = 0,
     endpoint: Endpoint = None,
     anonymous: Anonymous = False,
+    retry_seconds: RetrySeconds = 60.0,
+    fresh: Fresh = False,
 ) -> None:
     """Omniglot: 1,623 characters at 28x28; 1,100 train (with rotations), 100 val, 423 test."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_omniglot(_storage(out, endpoint, anonymous), source, _seed(seed))
+        prepare.prepare_omniglot(_storage(out, endpoint, anonymous, retry_seconds), source, _seed(seed), fresh)
 
 
 @prepare_app.command("mini-imagenet")
@@ -131,12 +137,14 @@ def prepare_mini_imagenet(
     skip_bad: SkipBad = False,
     endpoint: Endpoint = None,
     anonymous: Anonymous = False,
+    retry_seconds: RetrySeconds = 60.0,
+    fresh: Fresh = False,
 ) -> None:
     """mini-ImageNet from your own copy, by the split of Ravi and Larochelle: 64 train, 16 val, 20 test classes."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_mini_imagenet(_storage(out, endpoint, anonymous), source, size, skip_bad)
+        prepare.prepare_mini_imagenet(_storage(out, endpoint, anonymous, retry_seconds), source, size, skip_bad, fresh)
 
 
 @prepare_app.command("folder")
@@ -156,13 +164,15 @@ def prepare_folder(
     skip_bad: SkipBad = False,
     endpoint: Endpoint = None,
     anonymous: Anonymous = False,
+    retry_seconds: RetrySeconds = 60.0,
+    fresh: Fresh = False,
 ) -> None:
     """Any PNG and JPEG images, a folder for each class."""
     with _exit_codes():
         from pipelines import prepare
 
-        storage = _storage(out, endpoint, anonymous)
-        prepare.prepare_folder(storage, source, name, (size, grey), seed, parts, skip_bad)
+        storage = _storage(out, endpoint, anonymous, retry_seconds)
+        prepare.prepare_folder(storage, source, name, (size, grey), seed, parts, skip_bad, fresh)
 
 
 @prepare_app.command("shards")
@@ -171,12 +181,13 @@ def prepare_shards(
     name: Annotated[str, typer.Option(help="Of the data set.")] = "shards",
     endpoint: Endpoint = None,
     anonymous: Anonymous = False,
+    retry_seconds: RetrySeconds = 60.0,
 ) -> None:
     """Index shards that you wrote with webdataset (train-000000.tar, ...), where they are."""
     with _exit_codes():
         from pipelines import prepare
 
-        prepare.prepare_shards(_storage(out, endpoint, anonymous), name)
+        prepare.prepare_shards(_storage(out, endpoint, anonymous, retry_seconds), name)
 
 
 @app.command()
@@ -251,12 +262,13 @@ def verify(
     ],
     endpoint: Endpoint = None,
     anonymous: Anonymous = False,
+    retry_seconds: RetrySeconds = 60.0,
 ) -> None:
     """Check every byte of a data set against its index, and name what does not match."""
     with _exit_codes():
         from pipelines.verify import verify as run_verification
 
-        run_verification(_storage(url, endpoint, anonymous))
+        run_verification(_storage(url, endpoint, anonymous, retry_seconds))
 
 
 @app.command("mlflow-sync")

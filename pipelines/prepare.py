@@ -21,7 +21,7 @@ from pipelines import console
 Splits = Mapping[str, Sequence[AnyRecord]]
 
 
-def prepare_glyphs(storage: Storage, seed: int) -> None:
+def prepare_glyphs(storage: Storage, seed: int, fresh: bool) -> None:
     """Render the embedded data set from the fonts inside matplotlib."""
     wanted = {
         "kind": "glyphs",
@@ -29,17 +29,17 @@ def prepare_glyphs(storage: Storage, seed: int) -> None:
         "matplotlib": importlib.metadata.version("matplotlib"),
         "pillow": importlib.metadata.version("pillow"),
     }
-    if _is_done(storage, wanted):
+    if _is_done(storage, wanted, fresh):
         return
     with console.progress("rendering glyphs") as show:
         splits = glyphs.glyph_splits(seed=seed, progress=lambda done, total: show(done, total, ""))
     _write(storage, glyphs.GLYPH_NAME, splits, wanted)
 
 
-def prepare_omniglot(storage: Storage, source: str | None, seed: int) -> None:
+def prepare_omniglot(storage: Storage, source: str | None, seed: int, fresh: bool) -> None:
     """Read Omniglot from the official archives, downloading them first if no source is given."""
     wanted = {"kind": "omniglot", "seed": seed, "pillow": importlib.metadata.version("pillow")}
-    if _is_done(storage, wanted, ignore=("sha256",)):
+    if _is_done(storage, wanted, fresh, ignore=("sha256",)):
         return
     if source is None or source.startswith(("http://", "https://")):
         downloads = storage.path / "download" if isinstance(storage, Folder) else default_folder() / "omniglot"
@@ -52,16 +52,23 @@ def prepare_omniglot(storage: Storage, source: str | None, seed: int) -> None:
     _write(storage, omniglot.NAME, splits, {**wanted, "sha256": digests}, rotations=omniglot.ROTATIONS)
 
 
-def prepare_mini_imagenet(storage: Storage, source: str, size: int, skip_bad: bool) -> None:
+def prepare_mini_imagenet(storage: Storage, source: str, size: int, skip_bad: bool, fresh: bool) -> None:
     """Bring mini-ImageNet into shards, from the user's own copy of its images and the split's CSV files."""
     form = _form(size, grey=False)
     splits, digest = mini_imagenet.mini_imagenet_splits(local_path(source), form, skip_bad=skip_bad)
     settings = {"kind": mini_imagenet.NAME, "size": size, **_decoder()}
-    _prepare_images(storage, mini_imagenet.NAME, splits, settings, {"skip_bad": skip_bad, "sha256": digest})
+    _prepare_images(storage, mini_imagenet.NAME, splits, settings, {"skip_bad": skip_bad, "sha256": digest}, fresh)
 
 
 def prepare_folder(
-    storage: Storage, source: str, name: str, form: tuple[int, bool], seed: int, parts: Sequence[int], skip_bad: bool
+    storage: Storage,
+    source: str,
+    name: str,
+    form: tuple[int, bool],
+    seed: int,
+    parts: Sequence[int],
+    skip_bad: bool,
+    fresh: bool,
 ) -> None:
     """Bring a folder of images into shards."""
     size, grey = form
@@ -70,15 +77,15 @@ def prepare_folder(
     )
     settings = {"kind": "folder", "size": size, "grey": grey, **_decoder()}
     facts = {"name": name, "seed": seed, "parts": list(parts), "skip_bad": skip_bad, "sha256": digest}
-    _prepare_images(storage, name, splits, settings, facts)
+    _prepare_images(storage, name, splits, settings, facts, fresh)
 
 
 def _prepare_images(
-    storage: Storage, name: str, splits: Splits, settings: Mapping[str, Any], facts: Mapping[str, Any]
+    storage: Storage, name: str, splits: Splits, settings: Mapping[str, Any], facts: Mapping[str, Any], fresh: bool
 ) -> None:
     """`settings` decide about the bytes of a shard, together with its images; so one mended image does not undo the others."""
     wanted = {**settings, **facts}
-    if not _is_done(storage, wanted, ignore=("skipped",)):
+    if not _is_done(storage, wanted, fresh, ignore=("skipped",)):
         _write(storage, name, splits, wanted, settings=settings)
 
 
@@ -100,30 +107,44 @@ def _decoder() -> dict[str, str]:
     return {"pillow": importlib.metadata.version("pillow")}
 
 
-def _is_done(storage: Storage, wanted: Mapping[str, Any], ignore: Sequence[str] = ()) -> bool:
-    """Whether exactly this data set is already there, with all of its shards; another one is never overwritten."""
+def _is_done(storage: Storage, wanted: Mapping[str, Any], fresh: bool, ignore: Sequence[str] = ()) -> bool:
+    """Whether exactly this data set is already there, with all of its shards; one of another kind is never overwritten."""
     try:
         index = read_index(storage)
-        short = [s.name for s in index.shards if storage.stat(s.name).size != s.size]
-        trouble = f"{storage.url}: shard {short[0]} has another size than the index says" if short else ""
     except DataError as error:
-        if isinstance(error.__cause__, MissingError):
-            return False
-        console.err.print(f"preparing again: {error}", soft_wrap=True)
-        return False
-    except MissingError as error:
-        trouble = str(error)
-    if trouble:
-        console.err.print(f"preparing again: {trouble}", soft_wrap=True)
+        if not isinstance(error.__cause__, MissingError):
+            console.err.print(f"preparing again: {error}", soft_wrap=True)
         return False
     found = {key: value for key, value in index.provenance.items() if key not in ignore}
     if found.get("kind") != wanted["kind"]:
         raise DataError(f"{storage.url} already holds the data set {index.name!r}; choose another --out")
-    if found != dict(wanted):
-        console.err.print(f"{storage.url} was made with {found}, preparing again with {dict(wanted)}", soft_wrap=True)
+    why = _difference(found, wanted) or ("--fresh" if fresh else _missing(storage, index))
+    if why:
+        console.err.print(f"{storage.url}: preparing again ({why})", soft_wrap=True)
         return False
     console.out.print(f"{storage.url} is already prepared: {_described(index)}", soft_wrap=True)
     return True
+
+
+def _difference(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """What decided about the data set that is there, and is now asked for otherwise."""
+    differing = sorted(key for key in found.keys() | wanted.keys() if found.get(key) != wanted.get(key))
+    return ", ".join(f"{key}: {_short(found.get(key))} -> {_short(wanted.get(key))}" for key in differing)
+
+
+def _short(value: Any) -> str:
+    return str(value)[:16]  # enough to tell digests apart
+
+
+def _missing(storage: Storage, index: Index) -> str:
+    """Which shard is not there as the index says, by its size alone; `imaml verify` reads it."""
+    for shard in index.shards:
+        try:
+            if storage.stat(shard.name).size != shard.size:
+                return f"shard {shard.name} has another size than the index says"
+        except MissingError as error:
+            return str(error)
+    return ""
 
 
 def _write(
@@ -154,8 +175,15 @@ def _write(
         where = f"{storage.url}/{SKIPPED_NAME}"
         console.err.print(f"{len(skipped)} images were skipped; they are listed in {where}", soft_wrap=True)
     console.out.print(f"{storage.url}: {_described(index)}", soft_wrap=True)
+    for split, classes in index.splits.items():
+        if len(classes) < 2:
+            console.err.print(
+                f"the {split} split has {len(classes)} class, an episode needs two: see --parts", soft_wrap=True
+            )
 
 
 def _described(index: Index) -> str:
-    counts = ", ".join(f"{len(index.splits[split])} {split} classes" for split in SPLITS if split in index.splits)
-    return f"{index.name} with {counts}, fingerprint {index.fingerprint[:12]}"
+    splits = [split for split in SPLITS if split in index.splits]
+    counts = ", ".join(f"{len(index.splits[split])} {split} classes" for split in splits)
+    images = sum(entry.shape[0] for split in splits for entry in index.splits[split] if entry.rot == 0)
+    return f"{index.name} with {counts}, {images} images, fingerprint {index.fingerprint[:12]}"

@@ -47,9 +47,11 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fre
         ImamlError: see the exit codes in `imaml_dist.errors`.
     """
     sys.path.insert(0, os.getcwd())  # a user's own model factory lies beside their configuration
-    config = resolve(load_config(config_path, overrides), cuda=torch.cuda.is_available(), native=kernels.usable)
+    asked = load_config(config_path, overrides)
+    dataset = open_dataset(asked)  # first, for kernels take long to compile
+    config = resolve(asked, cuda=torch.cuda.is_available(), native=kernels.usable)
     run = RunDirectory(run_dir or Path("runs") / config.name)
-    dataset = _preflight(config, run, fresh)
+    _preflight(config, dataset, run, fresh)
     run.check_usable()
     run.path.mkdir(parents=True, exist_ok=True)
     with exclusive(run.driver_lock) as held:
@@ -90,9 +92,8 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
     return True
 
 
-def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Dataset:
-    """Find what is wrong with data, episodes, model and warm start before anything is started."""
-    dataset = open_dataset(config)
+def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fresh: bool) -> None:
+    """Find what is wrong with episodes, model and warm start before anything is started."""
     for split, wanted in (("train", True), ("val", config.validation.tasks > 0), ("test", config.evaluate.tasks > 0)):
         if wanted:
             make_source(config, dataset, split)
@@ -104,7 +105,6 @@ def _preflight(config: ExperimentConfig, run: RunDirectory, fresh: bool) -> Data
         warm_start.check_outside(source.path, run.path)
         warm_start.load_into(learner.model, source.path, source.skip)
     dataset.close()  # the workers open it for themselves; here only its index is of use
-    return dataset
 
 
 def _try_model(config: ExperimentConfig, learner: MetaLearner, source: TaskSource) -> None:

@@ -18,13 +18,13 @@ def verify(storage: Storage) -> None:
     index = read_index(storage)
     found = 0
     with console.progress("checking shards") as show:
-        for mismatch in mismatches(storage, index, lambda done, total: show(done, total, "")):
+        for mismatch in mismatches(storage, index, lambda done, total: show(done, total, "bytes")):
             found += 1
             console.err.print(str(mismatch), soft_wrap=True)
     if found:
         raise DataError(
-            f"{storage.url}: {found} stretches of bytes do not match {index.name}'s index; copy their shards again, or prepare the "
-            "data set again"
+            f"{storage.url}: {found} {'stretch does' if found == 1 else 'stretches of bytes do'} not match the index of {index.name}; copy "
+            "the shards again, or prepare the data set again with --fresh"
         )
     classes = sum(map(len, index.splits.values()))
     console.out.print(f"{storage.url}: {len(index.shards)} shards with {classes} classes verify", soft_wrap=True)

@@ -81,10 +81,12 @@ class StorageConfig(Section):
 
 
 class Conv4Config(Section):
-    """The reference's Omniglot network."""
+    """Four convolutional blocks: strided as the reference's Omniglot network, or pooled as the field's mini-ImageNet network."""
 
     kind: Literal["conv4"] = "conv4"
     channels: int = Field(64, ge=1, le=1 << 16)
+    pooled: bool | None = None
+    """null: strided for 28x28 images, pooled for others."""
 
 
 class MLPConfig(Section):

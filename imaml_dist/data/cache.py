@@ -148,7 +148,9 @@ class NodeCache:
         self._count(misses=1)
         if not self._warned:
             self._warned = True
-            _log.warning("storage.cache: %s does not take everything (%s); the rest is fetched again", self.folder, why)
+            _log.warning(
+                "storage.cache: %s does not keep everything (%s); what it does not is fetched again", self.folder, why
+            )
         return memoryview(content), False
 
     def _locked_part(self, key: str) -> tuple[int | None, str]:

@@ -95,6 +95,11 @@ class EpisodeSource:
         self.way, self.shot, self.query, self.seed = way, shot, query, seed
         self._classes = dataset.classes(split)
         self._counts = [c.shape[0] for c in self._classes]
+        if len(self._classes) < 2:
+            raise ConfigError(
+                f"data.url: the {split} split of {dataset.url} has one class, an episode needs {way}; prepare the data set again with "
+                "more classes in it (--parts)"
+            )
         if way > len(self._classes):
             raise ConfigError(
                 f"data.way: {way} classes per episode, but the {split} split of {dataset.url} has {len(self._classes)}; "

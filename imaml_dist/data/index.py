@@ -25,7 +25,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from imaml_dist.errors import ChangedError, DataError, MissingError
+from imaml_dist.errors import ChangedError, DataError, MissingBucketError, MissingError
 from imaml_dist.storage.protocol import Storage
 
 FORMAT = "imaml-class-records"
@@ -158,6 +158,7 @@ def read_index(storage: Storage) -> Index:
 
     Raises:
         DataError: there is none, it is too large to be one, or see `Index.from_json`.
+        MissingBucketError: there is no such bucket.
         ChangedError: it is replaced again and again.
     """
     try:
@@ -165,6 +166,8 @@ def read_index(storage: Storage) -> Index:
             with suppress(ChangedError, DataError):
                 return _read(storage)
         return _read(storage)
+    except MissingBucketError:
+        raise
     except MissingError as error:
         raise DataError(
             f"data.url: {storage.url} has no {FILE_NAME}; check the URL, or write the data set with `imaml prepare`, which puts "

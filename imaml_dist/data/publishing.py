@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from imaml_dist.data.index import FILE_NAME, MAX_BYTES, Index
-from imaml_dist.errors import ChangedError, DataError, MissingError
+from imaml_dist.errors import ChangedError, DataError, MissingBucketError, MissingError
 from imaml_dist.storage.protocol import ABSENT, Storage
 
 
@@ -13,6 +13,8 @@ def version_of(storage: Storage, name: str) -> str:
     """The version of an object, or `ABSENT`: what a conditional write asks for."""
     try:
         return storage.stat(name).version
+    except MissingBucketError:
+        raise
     except MissingError:
         return ABSENT
 

@@ -17,6 +17,7 @@ import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -208,8 +209,10 @@ def _build(path: Path, records: Sequence[AnyRecord], one_more: Callable[[], None
     import webdataset
 
     classes = []
-    with open(path, "wb") as file:
-        writer = webdataset.TarWriter(file, encoder=False, mtime=0, user="imaml", group="imaml")
+    with (
+        open(path, "wb") as file,
+        closing(webdataset.TarWriter(file, encoder=False, mtime=0, user="imaml", group="imaml")) as writer,
+    ):
         for lazy in records:
             record = lazy.load()
             _check(record)
@@ -235,7 +238,6 @@ def _build(path: Path, records: Sequence[AnyRecord], one_more: Callable[[], None
                 }
             )
             one_more()
-        writer.close()
     with tarfile.open(path, "r:") as tar:
         offsets = {member.name: member.offset_data for member in tar}
     return [entry | {"offset": offsets[f"{entry['key']}.images.npy"]} for entry in classes]

@@ -9,7 +9,7 @@ from imaml_dist.data.blocks import Record
 from imaml_dist.data.index import ShardEntry
 from imaml_dist.errors import DataError
 
-_CURE = "copy it again or prepare the data set again"
+_CURE = "copy it again, or prepare the data set again with --fresh"
 
 
 def open_files() -> int:

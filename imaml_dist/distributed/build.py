@@ -88,7 +88,7 @@ def make_model(model: ModelConfig, image_shape: tuple[int, int, int], way: int, 
         torch.manual_seed(seed)
         try:
             if isinstance(model, Conv4Config):
-                return Conv4(image_shape, way, model.channels)
+                return Conv4(image_shape, way, model.channels, model.pooled)
             if isinstance(model, MLPConfig):
                 return MLP(image_shape, way, model.hidden)
             return _from_factory(model, image_shape, way)

@@ -1,4 +1,4 @@
-"""Conv-4 in the form of the iMAML reference code for 28x28 Omniglot images."""
+"""Conv-4 in its two forms: that of the iMAML reference code for 28x28 images, and the pooled one for larger images."""
 
 from __future__ import annotations
 
@@ -8,50 +8,66 @@ from torch import Tensor, nn
 
 from imaml_dist.models.batch_norm_relu import BatchNormReLU2d
 
+SMALLEST = 16
+"""Pixels of a side that pooling in two four times leaves something of."""
+
 
 class Conv4(nn.Module):
-    """Four blocks of [3x3 convolution, stride 2, padding 1; batch normalisation; ReLU], then one linear layer.
+    """Four blocks that halve an image each, then one linear layer.
 
-    28 -> 14 -> 7, padded by one row and column at the bottom right to 8, -> 4 -> 2. With 64 channels and one input
-    channel it has 111,936 + 257 N parameters for N classes (113,221 at N = 5).
+    Strided (28x28 only): blocks of [3x3 convolution, stride 2, padding 1; batch normalisation; ReLU]. 28 -> 14 -> 7, padded
+    by one row and column at the bottom right to 8, -> 4 -> 2. With 64 channels and one input channel it has 111,936 + 257 N
+    parameters for N classes (113,221 at N = 5).
+
+    Pooled: blocks of [3x3 convolution, padding 1; batch normalisation; ReLU; 2x2 maximum]. 84 -> 42 -> 21 -> 10 -> 5. With 32
+    channels and three input channels it has 28,896 + 801 N parameters at 84x84 (32,901 at N = 5).
 
     Batch normalisation always uses the statistics of the batch it is given, in training and in testing, as in all
-    published MAML and iMAML numbers on Omniglot; so the query images of an episode are classified together
-    (transductively). Initialised as torch does by default.
+    published MAML and iMAML numbers; so the query images of an episode are classified together (transductively).
+    Initialised as torch does by default.
 
     Args:
-        image_shape: `(C, 28, 28)`.
+        image_shape: `(C, H, W)`, H and W at least 16.
         way: N, number of outputs.
         channels: feature maps per block.
+        pooled: which form; None is the strided one for 28x28 images, and the pooled one for others.
 
     Raises:
-        ValueError: an image shape other than `(C, 28, 28)`.
+        ValueError: smaller images, or others than 28x28 in the strided form.
 
-    Source: aravindr93/imaml_dev (network form); Vinyals et al. (2016).
+    Source: aravindr93/imaml_dev (strided form); Vinyals et al. (2016), Ravi and Larochelle (2017) (pooled form).
     """
 
-    def __init__(self, image_shape: tuple[int, int, int], way: int, channels: int = 64) -> None:
+    def __init__(
+        self, image_shape: tuple[int, int, int], way: int, channels: int = 64, pooled: bool | None = None
+    ) -> None:
         super().__init__()
-        if tuple(image_shape[1:]) != (28, 28):
+        colours, height, width = image_shape
+        if pooled is None:
+            pooled = (height, width) != (28, 28)
+        if not pooled and (height, width) != (28, 28):
             raise ValueError(
-                f"conv4 takes 28x28 images, got {image_shape[1]}x{image_shape[2]}; prepare the data at 28x28"
+                f"conv4 with pooled: false takes 28x28 images, got {height}x{width}; prepare the data at 28x28, or set model.pooled: true"
             )
-        widths = [image_shape[0], channels, channels, channels, channels]
-        self.blocks = nn.ModuleList(_block(a, b) for a, b in pairwise(widths))
-        self.pad = nn.ZeroPad2d((0, 1, 0, 1))
-        self.head = nn.Linear(4 * channels, way)
+        if min(height, width) < SMALLEST:
+            raise ValueError(
+                f"conv4 takes images of {SMALLEST}x{SMALLEST} and more, got {height}x{width}; prepare larger ones"
+            )
+        widths = [colours, channels, channels, channels, channels]
+        self.blocks = nn.ModuleList(_block(a, b, pooled) for a, b in pairwise(widths))
+        self.pad = None if pooled else nn.ZeroPad2d((0, 1, 0, 1))
+        left = (height // 16) * (width // 16) if pooled else 4
+        self.head = nn.Linear(left * channels, way)
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[n, C, 28, 28] -> [n, N]` logits."""
+        """`[n, C, H, W] -> [n, N]` logits."""
         for index, block in enumerate(self.blocks):
             x = block(x)
-            if index == 1:
+            if index == 1 and self.pad is not None:
                 x = self.pad(x)
         return self.head(x.flatten(1))  # type: ignore[no-any-return]
 
 
-def _block(inputs: int, outputs: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel_size=3, stride=2, padding=1),
-        BatchNormReLU2d(outputs),
-    )
+def _block(inputs: int, outputs: int, pooled: bool) -> nn.Sequential:
+    convolution = nn.Conv2d(inputs, outputs, kernel_size=3, stride=1 if pooled else 2, padding=1)
+    return nn.Sequential(convolution, BatchNormReLU2d(outputs), *([nn.MaxPool2d(2)] if pooled else []))

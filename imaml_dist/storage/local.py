@@ -15,7 +15,7 @@ from urllib.parse import unquote_to_bytes
 from imaml_dist.errors import InputError
 
 _FILE_URL = re.compile(r"file:(//(localhost)?)?(?P<path>/[^?#]*)", re.DOTALL)
-_ONE_SLASH = re.compile(r"[A-Za-z0-9]+:/(?!/)")
+_TOO_FEW_SLASHES = re.compile(r"(?:[A-Za-z0-9]+:/|(?:s3|gs|https?):)(?!/)")
 
 
 def local_path(url: str | os.PathLike[str]) -> Path:
@@ -39,8 +39,8 @@ def local_path(url: str | os.PathLike[str]) -> Path:
             f"{without_secrets(text)}: scheme {scheme!r} is not supported, only paths and file:// URLs are; "
             "copy the data to a local path"
         )
-    if _ONE_SLASH.match(text):
-        raise InputError(f"{text}: URLs have two slashes behind the colon; add one, or write ./{text} for a path")
+    if _TOO_FEW_SLASHES.match(text):
+        raise InputError(f"{text}: URLs have two slashes behind the colon; add them, or write ./{text} for a path")
     return Path(text)
 
 

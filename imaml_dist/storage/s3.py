@@ -77,7 +77,7 @@ class Bucket:
             try:
                 found = client.head_object(Bucket=self.bucket, Key=self._key(name))
             except ClientError as error:
-                if status_of(error) not in (400, 401, 403):
+                if status_of(error) not in (400, 401, 403, 404):
                     raise
                 # An answer to HEAD has no body to say why; one to GET has.
                 client.get_object(Bucket=self.bucket, Key=self._key(name), Range="bytes=0-0")["Body"].close()

@@ -23,7 +23,15 @@ from botocore.exceptions import (
 from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 
-from imaml_dist.errors import ChangedError, ImamlError, InputError, MissingError, StorageError, brief
+from imaml_dist.errors import (
+    ChangedError,
+    ImamlError,
+    InputError,
+    MissingBucketError,
+    MissingError,
+    StorageError,
+    brief,
+)
 from imaml_dist.storage.local import without_secrets
 
 FAULTS = (BotoCoreError, ClientError, urllib3.exceptions.HTTPError, http.client.HTTPException, OSError)
@@ -137,9 +145,15 @@ def translated(
         return ChangedError(f"{where} was changed since it was first looked at; read it again")
     if status == 416 or code == "InvalidRange":
         return ChangedError(f"{where} is shorter than it should be")
-    if status == 404 or code in ("NoSuchKey", "NoSuchBucket"):
-        what = "the bucket does not exist" if code == "NoSuchBucket" else "does not exist"
-        return MissingError(f"{where}: {what}; check bucket, key and endpoint")
+    if code == "NoSuchBucket":
+        return MissingBucketError(f"{where}: the bucket does not exist; check its name and the endpoint, or make it")
+    if status == 404 or code == "NoSuchKey":
+        return MissingError(f"{where}: does not exist; check bucket, key and endpoint")
+    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch"):
+        return StorageError(
+            f"{where}: the server at {server} does not accept these credentials ({code}); check AWS_ACCESS_KEY_ID, "
+            "AWS_SECRET_ACCESS_KEY or the profile, and the endpoint"
+        )
     if status in (401, 403):
         return StorageError(
             f"{where}: access is refused ({told(error)}); check bucket and key, and what these credentials may do "

@@ -4,6 +4,8 @@ import numpy as np
 import pytest
 import webdataset
 from helpers.command import imaml_here
+from helpers.datasets import shard
+from helpers.gloo import free_port
 from PIL import Image
 
 from imaml_dist.data.dataset import CacheOptions, Dataset
@@ -70,8 +72,9 @@ def test_a_folder_of_images_becomes_a_data_set_and_once_is_enough(photos, tmp_pa
     code, lines = imaml(*command, cwd=tmp_path)
     assert code == 0
     fingerprint = Dataset(str(tmp_path / "out")).index.fingerprint[:12]
-    told = f"photos with 4 train classes, 1 val classes, 1 test classes, fingerprint {fingerprint}"
-    assert lines == [f"out: {told}"]
+    told = f"photos with 4 train classes, 1 val classes, 1 test classes, 12 images, fingerprint {fingerprint}"
+    warned = [f"the {split} split has 1 class, an episode needs two: see --parts" for split in ("val", "test")]
+    assert lines == [f"out: {told}", *warned]
     assert imaml(*command, cwd=tmp_path) == (0, [f"out is already prepared: {told}"])
     assert Dataset(str(tmp_path / "out")).index.image_shape == (1, 4, 4)
     assert imaml("verify", "out", cwd=tmp_path)[0] == 0
@@ -187,3 +190,49 @@ def test_a_seed_out_of_its_range_is_told_before_anything_is_done(tmp_path, kind,
     code, lines = imaml("prepare", kind, "--seed", seed, "--out", "out", cwd=tmp_path)
     assert (code, lines) == (2, [f"imaml: --seed: {seed} given, seeds are 0 to 2^64 - 1"])
     assert not (tmp_path / "out").exists()
+
+
+def test_a_refused_preparation_leaves_the_data_set_that_was_there(photos, tmp_path):
+    command = ["prepare", "folder", "--source", photos, "--size", 16, "--out", "here"]
+    assert imaml(*command, cwd=tmp_path)[0] == 0
+    before = Dataset(str(tmp_path / "here")).index
+    draw(photos / "a", ("2.png",))
+    broken = photos / "a" / "0.png"
+    broken.write_bytes(broken.read_bytes()[:40])
+    code, lines = imaml(*command, cwd=tmp_path)
+    assert code == 2 and "is not a readable" in lines[-1] and not any("Traceback" in line for line in lines)
+    assert Dataset(str(tmp_path / "here")).index == before
+    code, lines = imaml("prepare", "glyphs", "--out", "here", cwd=tmp_path)
+    assert code == 2 and lines[-1].endswith("already holds the data set 'images'; choose another --out")
+    code, lines = imaml("verify", "here", cwd=tmp_path)
+    assert code == 0
+    code, lines = imaml(*command, "--skip-bad", cwd=tmp_path)
+    assert code == 0 and any(
+        "preparing again (sha256: " in line and "skip_bad: False -> True" in line for line in lines
+    )
+
+
+def test_fresh_mends_what_sizes_do_not_show(photos, tmp_path):
+    command = ["prepare", "folder", "--source", photos, "--size", 16, "--out", "here"]
+    imaml(*command, cwd=tmp_path)
+    path = shard(tmp_path / "here", "train")
+    content = path.read_bytes()
+    path.write_bytes(content[:5000] + bytes([content[5000] ^ 1]) + content[5001:])
+    code, lines = imaml("verify", "here", cwd=tmp_path)
+    assert code == 2 and lines[-1].endswith("prepare the data set again with --fresh")
+    assert "is already prepared" in imaml(*command, cwd=tmp_path)[1][-1]
+    assert imaml(*command, "--fresh", cwd=tmp_path)[0] == 0
+    assert path.read_bytes() == content
+
+
+def test_a_missing_bucket_is_known_before_anything_is_rendered(moto, aws, tmp_path):
+    code, lines = imaml("prepare", "glyphs", "--out", "s3://no-such-bucket/glyphs", "--endpoint", moto, cwd=tmp_path)
+    assert (code, len(lines)) == (2, 1) and "the bucket does not exist" in lines[0]
+    code, lines = imaml("verify", "s3://no-such-bucket/glyphs", "--endpoint", moto, cwd=tmp_path)
+    assert code == 2 and "the bucket does not exist" in lines[0]
+
+
+def test_how_long_to_ask_again_is_the_users_choice(aws, tmp_path):
+    where = ["s3://bucket/x", "--endpoint", f"http://127.0.0.1:{free_port()}", "--retry-seconds", 0.5]
+    code, lines = imaml("verify", *where, cwd=tmp_path)
+    assert code == 3 and "(storage.retry_seconds is 0.5)" in lines[-1]

@@ -125,7 +125,7 @@ def test_the_command_prints_all_that_does_not_match(folder, moto_bucket):
     code, lines = verify(folder.url, cwd=folder.path)
     assert code == 2
     assert lines[:-1] == [str(m) for m in named] and len(named) == 3
-    assert lines[-1].startswith(f"imaml: {folder.url}: 3 stretches of bytes do not match blobs's index; ")
+    assert lines[-1].startswith(f"imaml: {folder.url}: 3 stretches of bytes do not match the index of blobs; ")
     url, options = moto_bucket
     code, lines = verify(url, "--endpoint", options.endpoint, cwd=folder.path)
     assert code == 2 and len(lines) == 1

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
+from helpers.kernels import NATIVE
 from torch import nn
 
+from imaml_dist import IMAML, ConjugateGradient, EpisodeBatch, GradientDescent, MetaLearner
 from imaml_dist.errors import ModelError
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.functional import FunctionalModel
@@ -85,8 +87,32 @@ def test_frozen_parameters_and_buffers_are_no_meta_parameters():
 def test_conv4_has_the_size_of_the_reference_network():
     assert FunctionalModel(Conv4((1, 28, 28), 5)).layout.size == 113_221
     assert FunctionalModel(Conv4((1, 28, 28), 20)).layout.size == 117_076
-    with pytest.raises(ValueError, match="28x28"):
-        Conv4((3, 84, 84), 5)
+    with pytest.raises(ValueError, match=r"pooled: false takes 28x28 images, got 84x84"):
+        Conv4((3, 84, 84), 5, pooled=False)
+
+
+def test_conv4_for_larger_images_is_the_pooled_network_of_mini_imagenet():
+    assert FunctionalModel(Conv4((3, 84, 84), 5, 32)).layout.size == 32_901
+    assert Conv4((3, 84, 84), 5, 4)(torch.randn(2, 3, 84, 84)).shape == (2, 5)
+    assert Conv4((1, 17, 40), 3, 4)(torch.randn(2, 1, 17, 40)).shape == (2, 3)
+    assert Conv4((1, 28, 28), 5, 64, pooled=True).head.in_features == 64
+    with pytest.raises(ValueError, match=r"16x16 and more, got 15x28"):
+        Conv4((1, 15, 28), 5)
+
+
+@pytest.mark.parametrize("execution", ["vmap", pytest.param("native", marks=NATIVE)])
+def test_the_pooled_conv4_has_the_meta_gradient_of_plain_torch(execution):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 4, 3, 20, 20, generator=generator, dtype=torch.float64)
+    episodes = EpisodeBatch(x, torch.arange(2).repeat(2, 2), x + 0.1, torch.arange(2).repeat(2, 2), torch.arange(2))
+    found = {}
+    for way in ("loop", execution):
+        torch.manual_seed(0)
+        model = Conv4((3, 20, 20), 2, 4).double()
+        algorithm = IMAML(2.0, GradientDescent(0.05, 3), ConjugateGradient(max_iterations=4, operator="hessian"))
+        gradient = MetaLearner(model, algorithm, execution=way).meta_gradient(episodes).gradient
+        found[way] = torch.cat([value.flatten() for value in gradient.values()])
+    torch.testing.assert_close(found[execution], found["loop"], rtol=1e-9, atol=1e-12)
 
 
 def test_precision_is_that_of_the_type_factors_are_rounded_to():

@@ -43,9 +43,9 @@ def test_a_file_url_with_anything_but_a_path_is_refused(url):
         open_storage(url)
 
 
-@pytest.mark.parametrize("url", ["s3:/bucket/prefix", "gs:/bucket", "S3:/bucket"])
+@pytest.mark.parametrize("url", ["s3:/bucket/prefix", "gs:/bucket", "S3:/bucket", "s3:bucket/prefix"])
 def test_a_url_with_one_slash_is_refused(url):
-    with pytest.raises(InputError, match=f"two slashes behind the colon; add one, or write ./{url} for a path"):
+    with pytest.raises(InputError, match=f"two slashes behind the colon; add them, or write ./{url} for a path"):
         open_storage(url)
     assert open_storage(f"./{url}").url == url
 

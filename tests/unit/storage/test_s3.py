@@ -10,7 +10,7 @@ import pytest
 from helpers import s3_server
 from helpers.fault_proxy import FaultProxy
 
-from imaml_dist.errors import ChangedError, InputError, MissingError, StorageError
+from imaml_dist.errors import ChangedError, InputError, MissingBucketError, StorageError
 from imaml_dist.storage.opening import open_storage
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.storage.patience import counters
@@ -70,8 +70,9 @@ def test_the_endpoint_of_the_environment(moto_bucket, monkeypatch):
 
 def test_a_missing_bucket_is_called_so(s3, aws):
     storage = open_storage("s3://no-such-bucket", StorageOptions(endpoint=s3))
-    for ask in (storage.read, lambda name: storage.write(name, b"1"), lambda name: list(storage.names(name))):
-        with pytest.raises(MissingError, match="the bucket does not exist; check bucket, key and endpoint"):
+    listed = lambda name: list(storage.names(name))  # noqa: E731
+    for ask in (storage.stat, storage.read, lambda name: storage.write(name, b"1"), listed):
+        with pytest.raises(MissingBucketError, match="the bucket does not exist; check its name and the endpoint"):
             ask("a")
 
 
@@ -81,7 +82,7 @@ def test_wrong_credentials(rgw, aws, monkeypatch):
     storage = open_storage("s3://bucket", StorageOptions(endpoint=rgw))
     for ask in (storage.stat, storage.read, storage.remove):
         with pytest.raises(
-            StorageError, match=r"access is refused \(403 SignatureDoesNotMatch\); check bucket and key"
+            StorageError, match=r"does not accept these credentials \(SignatureDoesNotMatch\); check AWS_ACCESS_KEY_ID"
         ):
             ask("a")
 
