@@ -26,6 +26,14 @@ def data(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def dataset(data):
+    """The same, opened."""
+    from imaml_dist.data.dataset import Dataset
+
+    return Dataset(str(data))
+
+
+@pytest.fixture(scope="session")
 def moto():
     """The URL of a moto server."""
     with s3_server.moto_server() as server:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -27,7 +28,7 @@ class InnerSolver(Protocol):
 
 
 @dataclass(frozen=True)
-class _Descent:
+class _Descent(ABC):
     """What the first-order inner solvers share.
 
     Attributes:
@@ -41,9 +42,9 @@ class _Descent:
     steps: int = 16
     tolerance: float = 0.0
 
+    @abstractmethod
     def rule(self) -> Rule:
         """The update rule."""
-        raise NotImplementedError
 
     def solve(
         self, problem: TaskProblem, proximal: Proximal | None, curvature: Operator | None = None

@@ -9,6 +9,8 @@ import numpy as np
 from imaml_dist.data.index import Index
 from imaml_dist.data.records import ClassRecord
 from imaml_dist.data.shards import write_dataset
+from imaml_dist.errors import StorageError
+from imaml_dist.storage.folder import Folder
 
 CLASSES = {"train": 12, "val": 8, "test": 8}
 
@@ -22,6 +24,20 @@ def records(split: str, classes: int, images: int = 20) -> list[ClassRecord]:
         pixels = np.clip(200 * prototype + 55 * noise, 0, 255).astype(np.uint8)[..., None]
         made.append(ClassRecord(f"{split}/c{number:03d}", pixels, f"class {number}", tuple(map(str, range(images)))))
     return made
+
+
+class Breaking(Folder):
+    """A folder whose k-th write fails."""
+
+    def __init__(self, path, k):
+        super().__init__(path)
+        self.left = k
+
+    def write(self, name, content, *, only_if=None):
+        self.left -= 1
+        if self.left == 0:
+            raise StorageError("the disk is gone")
+        return super().write(name, content, only_if=only_if)
 
 
 def shard(folder: Path, split: str, number: int = 0) -> Path:

@@ -5,20 +5,12 @@ import hashlib
 import numpy as np
 import pytest
 import torch
-from helpers.datasets import write_blobs
 
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import EpisodeSource
 from imaml_dist.data.records import ClassRecord
 from imaml_dist.data.shards import write_dataset
 from imaml_dist.errors import ConfigError, DataError
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blobs")
-    write_blobs(folder)
-    return Dataset(str(folder))
 
 
 def source(dataset, **changes):

@@ -5,9 +5,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from helpers.datasets import write_blobs
 
-from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import EpisodeSource, draw_episode
 from imaml_dist.data.philox import Domain, Stream
 from imaml_dist.data.pools import ClassPools
@@ -15,13 +13,6 @@ from imaml_dist.errors import ConfigError
 
 GOLDEN = ((647, 964, 194, 830, 1197, 1185), (244, 1043, 181, 605, 523, 185))
 """Of two windows; they may never change under SPEC_VERSION 1."""
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("blobs")
-    write_blobs(folder)
-    return Dataset(str(folder))
 
 
 def source(dataset, **changes):

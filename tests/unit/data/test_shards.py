@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import webdataset
-from helpers.datasets import CLASSES, records, shard, write_blobs
+from helpers.datasets import CLASSES, Breaking, records, shard, write_blobs
 
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.index import Index, pixel_ranges, read_index
@@ -165,20 +165,6 @@ def test_an_index_too_large_to_be_one_is_refused_unread(tmp_path):
         file.truncate((32 << 20) + 1)
     with pytest.raises(DataError, match=f"is {(32 << 20) + 1} bytes long, an index has at most {32 << 20}"):
         Dataset(str(tmp_path))
-
-
-class Breaking(Folder):
-    """A folder whose k-th write fails."""
-
-    def __init__(self, path, k):
-        super().__init__(path)
-        self.left = k
-
-    def write(self, name, content, *, only_if=None):
-        self.left -= 1
-        if self.left == 0:
-            raise StorageError("the disk is gone")
-        return super().write(name, content, only_if=only_if)
 
 
 def _lazy(loaded, split, count):

@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+from helpers.datasets import Breaking
 from PIL import Image
 
 from imaml_dist.data.dataset import Dataset
@@ -215,20 +216,6 @@ def test_the_digest_changes_with_names_and_sizes(tmp_path):
         file.write(b"x")
     digests.add(folder_splits(tmp_path, FORM)[1])
     assert len(digests) == 3
-
-
-class Breaking(Folder):
-    """A folder whose k-th write fails."""
-
-    def __init__(self, path, k):
-        super().__init__(path)
-        self.left = k
-
-    def write(self, name, content, *, only_if=None):
-        self.left -= 1
-        if self.left == 0:
-            raise StorageError("the disk is gone")
-        return super().write(name, content, only_if=only_if)
 
 
 @pytest.mark.parametrize("k", range(1, 9))
