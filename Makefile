@@ -34,7 +34,7 @@ check: $(STAMP)
 # Whole runs have the machine for themselves: they start clusters, and some measure time. A part that fails does not spare the other.
 define run_tests
 @OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(1) tests/unit tests/architecture; parts=$$?; \
-$(BIN)/python -m pytest $(1) tests/integration tests/faults; exit $$((parts | $$?))
+$(BIN)/python -m pytest --durations=12 $(1) tests/integration tests/faults; exit $$((parts | $$?))
 endef
 
 test: $(STAMP)

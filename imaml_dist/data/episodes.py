@@ -10,7 +10,6 @@ from torch import Tensor
 
 from imaml_dist.data.augment import Augmentation, augmented, image_draws
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.data.index import ClassEntry
 from imaml_dist.data.philox import Domain, Stream
 from imaml_dist.data.pools import ClassPools
 from imaml_dist.data.records import Images
@@ -137,10 +136,6 @@ class EpisodeSource:
             query=self.query,
             pool=None if self._pools is None else self._pools.at(step),
         )
-
-    def needs(self, step: int, tasks: range) -> list[ClassEntry]:
-        """The classes of tasks, each once, in the order of their first use: what to fetch before `episodes`."""
-        return [self._classes[c] for c in dict.fromkeys(c for task in tasks for c in self.draw(step, task)[0])]
 
     def class_key(self, class_id: int) -> str:
         """The key of a class by its canonical id."""
