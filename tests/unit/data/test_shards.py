@@ -124,6 +124,7 @@ def test_missing_pieces_are_named(folder, tmp_path):
         (lambda raw: raw["splits"]["train"][0].update(offset=0), "fingerprint"),
         (lambda raw: raw["shards"][0].update(name="../../etc/passwd"), "not a plain file name"),
         (lambda raw: raw["shards"][0].update(name=""), "not a plain file name"),
+        (lambda raw: raw["shards"][0].update(name="pipe:touch executed"), "not a plain file name"),
         (lambda raw: raw["splits"]["train"][0].update(shape=[2**70, 0, 28, 1]), "impossible place or shape"),
         (lambda raw: raw["splits"]["train"][0].update(shape=[2, 14, 28, 1]), "has images of"),
         (lambda raw: raw["splits"]["train"][0].update(rot=7), "turned 7 times"),
@@ -146,6 +147,14 @@ def test_a_changed_index_is_refused(folder, change, says):
     path.write_text(json.dumps(raw))
     with pytest.raises(DataError, match=says):
         Dataset(str(folder))
+
+
+def test_a_pipe_is_no_url(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for url in ("pipe:touch executed", "pipe:touch executed; cat"):
+        with pytest.raises(DataError, match=r"has no index\.json"):
+            Dataset(url)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_records_that_cannot_be_read_back_are_refused(tmp_path):
