@@ -7,7 +7,11 @@ of its resident memory during a meta-gradient (the kernel's own VmHWM, set back 
 resident before. By then everything is imported, network and data are built, and a network of eight channels has been through
 the same method on the same images for one step, so that code and tables that are loaded once do not count. The tables tell the
 median of the second to fourth meta-gradient, as all later ones are; the first, in which this library also tries whether the
-network can be meta-trained, is told below and in the JSON. Takes a quarter of an hour and 4 GB.
+network can be meta-trained, is told below and in the JSON.
+
+Twice each: with every block of 128 kB and more mapped by itself, so that what is resident is what is in use, whatever the
+allocator; and on glibc's heap as training runs have it, kept for the next tensor, which is faster and breaks up into pieces
+that are resident and of no use, differently in every process. Takes half an hour and 4 GB.
 """
 
 import argparse
@@ -28,6 +32,7 @@ from matplotlib.figure import Figure
 from meta_gradient import CG_STEPS, LAM, LR, STEPS, Method, facts, higher_maml, learned, ours, torchopt_imaml, work
 
 from imaml_dist import MAML, GradientDescent
+from imaml_dist.algorithms import memory as learners_memory
 from imaml_dist.kernels.memory import keep_freed_memory
 from imaml_dist.models.conv4 import Conv4
 
@@ -55,11 +60,22 @@ def resident(what: str) -> float:
     raise SystemExit(f"this system does not tell {what} of a process")
 
 
-def added(name: str, steps: int, cg_steps: int) -> list[float]:
+def map_blocks_apart() -> None:
+    """From now on glibc maps every block of 128 kB and more by itself, and unmaps it when it is free."""
+    mmap_threshold = -3
+    ctypes.CDLL(None).mallopt(mmap_threshold, 128 << 10)  # once set it no longer grows with the blocks that are freed
+
+
+HEAPS: dict[str, Callable[[], Any]] = {"apart": map_blocks_apart, "kept": keep_freed_memory}
+"""What the C library does with large blocks."""
+
+
+def added(name: str, steps: int, cg_steps: int, heap: str) -> list[float]:
     """MB that the first meta-gradient, and a later one, add to this process."""
     warnings.filterwarnings("ignore", category=FutureWarning)  # the others' use of older torch
     torch.set_num_threads(1)
-    keep_freed_memory()
+    HEAPS[heap]()
+    learners_memory.can_measure = lambda device, root=None: False  # a learner that looks sets the peak back
     model, episodes = work("20w5s", torch.float32, 1)
     METHODS[name](1, 1)(Conv4((1, 28, 28), WAY, channels=8), episodes)
     compute = METHODS[name](steps, cg_steps)
@@ -75,16 +91,17 @@ def added(name: str, steps: int, cg_steps: int) -> list[float]:
 
 
 def measure(runs: int, names: list[str], cells: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Every method at every number of steps, each in processes of its own."""
-    rows = [
-        {"method": name, "steps": steps, "cg_steps": cg, "first": [], "runs": []}
+    """Every method at every number of steps on every heap, each in processes of its own."""
+    rows: list[dict[str, Any]] = [
+        {"method": name, "steps": steps, "cg_steps": cg, "heap": heap, "first": [], "runs": []}
         for name in names
         for steps, cg in cells
         if cg == CG_STEPS or "iMAML" in name or "MAML" not in name
+        for heap in HEAPS
     ]
     for _ in range(runs):
         for row in rows:
-            cell = [row["method"], str(row["steps"]), str(row["cg_steps"])]
+            cell = [row["method"], str(row["steps"]), str(row["cg_steps"]), row["heap"]]
             done = subprocess.run([sys.executable, __file__, "--cell", *cell], capture_output=True, text=True)
             if done.returncode != 0:
                 raise SystemExit(f"{' '.join(cell)} failed:\n{done.stderr}")
@@ -139,11 +156,11 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
-    parser.add_argument("--cell", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.cell:
-        name, steps, cg_steps = options.cell
-        return print(added(name, int(steps), int(cg_steps)))
+        name, steps, cg_steps, heap = options.cell
+        return print(added(name, int(steps), int(cg_steps), heap))
     names = []
     for name in options.methods:
         if name in NEEDS and find_spec(NEEDS[name]) is None:
@@ -152,12 +169,21 @@ def main() -> None:
             names.append(name)
     cells = dict.fromkeys([(steps, CG_STEPS) for steps in options.inner] + [(STEPS, cg) for cg in options.cg])
     rows = measure(options.runs, names, list(cells))
-    inner, cg = curves(rows, "steps", "cg_steps", CG_STEPS), curves(rows, "cg_steps", "steps", STEPS)
-    table(f"MB over inner steps, {CG_STEPS} of CG", inner)
-    table(f"MB over CG steps, {STEPS} inner steps", cg)
+    found = {
+        heap: (
+            curves([row for row in rows if row["heap"] == heap], "steps", "cg_steps", CG_STEPS),
+            curves([row for row in rows if row["heap"] == heap], "cg_steps", "steps", STEPS),
+        )
+        for heap in HEAPS
+    }
+    for heap, (over_inner, over_cg) in found.items():
+        print(f"\nBlocks {heap}")
+        table(f"MB over inner steps, {CG_STEPS} of CG", over_inner)
+        table(f"MB over CG steps, {STEPS} inner steps", over_cg)
+    inner, cg = found["apart"]
     longest = max(options.inner)
     print()
-    for name, curve in inner.items():
+    for name, curve in found["kept"][0].items():
         print(
             f"{name}: the first meta-gradient of a process adds {max(row['mb_first'] for row in curve.values()):.0f} MB"
         )

@@ -69,6 +69,10 @@ class KernelError(OutsideError):
     """Kernels of our own cannot be compiled or loaded on this machine."""
 
 
+class NoRoomError(OutsideError):
+    """This machine has not enough memory for what is to be computed."""
+
+
 class ClusterError(OutsideError):
     """Ray cannot be started or reached, or does not offer what a run needs."""
 

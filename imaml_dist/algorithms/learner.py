@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from imaml_dist.algorithms.algorithm import Algorithm
 from imaml_dist.algorithms.loss import Loss, cross_entropy, preflight_loss
+from imaml_dist.algorithms.memory import MemoryModel
 from imaml_dist.algorithms.problem import Samples, TaskProblem
 from imaml_dist.algorithms.record import TaskGradients, TaskRecord, task_outcome
 from imaml_dist.core.inner.solution import InnerSolution
@@ -87,7 +87,8 @@ class MetaLearner:
         self.layout = ParameterLayout(names, self.functional.layout.shapes + self.own_layout.shapes)
         self._classes: int | None = None
         self._tried = False
-        self._fits = sys.maxsize  # tasks at once
+        self._trial: int | None = None  # bytes
+        self._memory: dict[tuple[Any, ...], MemoryModel] = {}
 
     @property
     def model(self) -> nn.Module:
@@ -176,7 +177,10 @@ class MetaLearner:
             LossError: the loss is not one number per task, each of its own outputs (`algorithms.loss`).
         """
         twice, vectorised = self.algorithm.second_order, self.execution != "loop"
-        preflight(self.functional, episodes.support_x, episodes.key, vectorised=vectorised, twice=twice)
+        trial = MemoryModel(episodes.support_x.device)
+        with trial.watched(1):
+            preflight(self.functional, episodes.support_x, episodes.key, vectorised=vectorised, twice=twice)
+        self._trial = trial.measured.get(1)
         preflight_loss(self.loss, self._support_outputs(episodes[:1]), episodes.support_y[:1], twice=twice)
         # Decided here, on good samples, and not by the first task whose curvature is asked for, which may be a bad one.
         self.functional.samples_independent(episodes.support_x, episodes.key)
@@ -210,27 +214,54 @@ class MetaLearner:
         )
 
     def _as_fits(self, episodes: EpisodeBatch, theta: Tensor) -> TaskGradients:
-        """In one call, or in several where memory does not do for all at once.
+        """In one call, or in several where memory does not do for all at once (`algorithms.memory`).
 
-        A call has two tasks at least: as many as they may be, tasks have the same bits then. A task alone takes another way
-        through torch, and may differ in its last digits, so the two or three of a smallest call are lost if they do not fit.
+        A call has two tasks at least. As many as they may be, tasks of convolutional networks have the same bits then; a task
+        alone takes another way through torch, and may differ in its last digits, so the two or three of a smallest call are lost
+        if they do not fit. Under `vmap` networks with layers of odd widths may differ there in calls of other sizes too
+        (`part_sizes`): what is predicted to fit in one call is never cut, and a first few are computed once more with all.
+
+        Raises:
+            NoRoomError: on a CPU, where not even the smallest call would fit: the system would end the process.
         """
-        if len(episodes) < 4 or len(episodes) <= self._fits:
-            with suppress(torch.OutOfMemoryError):
-                return self._batch_gradients(episodes, theta)
-            # Only now is the error gone, and with it the frames that hold what did not fit: before, nothing can be allocated.
-            if len(episodes) < 4:
-                tasks = TaskRecord.lost(len(episodes), TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
-                return TaskGradients(theta.new_zeros(len(episodes), theta.shape[0]), tasks, seconds={})
-            self._fits = len(episodes) - 1
-        half = len(episodes) // 2
-        return TaskGradients.joined([self._as_fits(part, theta) for part in (episodes[:half], episodes[half:])])
+        if not self._tried:
+            with suppress(torch.OutOfMemoryError):  # what follows does not fit either then, and says so task by task
+                self._preflight_where_finite(episodes)
+        memory = self._memory_of(episodes)
+        if memory.needs_probe(len(episodes)):
+            self._attempt(episodes[:2], theta, memory)
+        parts: list[TaskGradients] = []
+        while len(episodes):
+            size = memory.next_call(len(episodes))
+            found = self._attempt(episodes[:size], theta, memory)
+            # Only now is an error gone, and with it the frames that hold what did not fit: before, nothing can be allocated.
+            if found is None and size >= 4:
+                memory.failed(size)
+                continue
+            if found is None:
+                tasks = TaskRecord.lost(size, TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
+                found = TaskGradients(theta.new_zeros(size, theta.shape[0]), tasks, seconds={})
+            parts.append(found)
+            episodes = episodes[size:]
+        return parts[0] if len(parts) == 1 else TaskGradients.joined(parts)
+
+    def _attempt(self, episodes: EpisodeBatch, theta: Tensor, memory: MemoryModel) -> TaskGradients | None:
+        """None where memory did not do."""
+        with suppress(torch.OutOfMemoryError), memory.watched(len(episodes)):
+            return self._batch_gradients(episodes, theta)
+        return None
+
+    def _memory_of(self, episodes: EpisodeBatch) -> MemoryModel:
+        """The model for tasks of this shape."""
+        x, device = (episodes.support_x, episodes.query_x), episodes.support_x.device
+        key = (*(t.shape[1:] for t in x), *(t.dtype for t in x), device)
+        if key not in self._memory:
+            self._memory[key] = MemoryModel(device, self._trial)
+        return self._memory[key]
 
     def _batch_gradients(self, episodes: EpisodeBatch, theta: Tensor) -> TaskGradients:
         clock = _Clock(theta.device)
         usable, valid = self.usable(episodes)
-        if not self._tried:
-            self._preflight_where_finite(usable.chosen(valid))
         rows, tasks = self._compute(usable, valid, theta, clock)
         clock.lap("solve")
         return TaskGradients(rows=rows, tasks=tasks, seconds=clock.seconds)
@@ -249,7 +280,9 @@ class MetaLearner:
         return rows, TaskRecord.of(outcome, inner, meta, problem.query_accuracy(), problem.anchor)
 
     def _preflight_where_finite(self, episodes: EpisodeBatch) -> None:
-        """With the first task that overflows nowhere: what is bad about the others is said task by task."""
+        """With the first good task that overflows nowhere: what is bad about the others is said task by task."""
+        usable, valid = self.usable(episodes)
+        episodes = usable.chosen(valid)
         for t in range(len(episodes)):
             if can_be_tried(self.functional, episodes.support_x[t : t + 1], episodes.key[t : t + 1]):
                 self.preflight(episodes[t : t + 1])

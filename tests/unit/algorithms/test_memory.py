@@ -15,6 +15,15 @@ TASKS, WAY = 9, 3
 EXECUTIONS = ["vmap", pytest.param("native", marks=NATIVE)]
 
 
+@pytest.fixture
+def one_thread():
+    """Small work is shared out at a loss, and on a busy machine at a great one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def learner(execution, operator="gauss_newton"):
     torch.manual_seed(0)
     algorithm = IMAML(0.5, GradientDescent(lr=0.1, steps=3), ConjugateGradient(max_iterations=3, operator=operator))
@@ -53,6 +62,7 @@ def test_a_task_has_the_same_bits_with_any_number_of_others_from_two_on(executio
             assert torch.equal(part.tasks.to_rows(), whole.tasks.to_rows()[begin : begin + size])
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("most", [2, 3, 4, 5, 8])
 def test_where_memory_does_not_do_for_all_they_are_computed_in_parts_with_the_same_bits(most, monkeypatch):
     expected = learner("vmap").task_gradients(episodes())
@@ -63,11 +73,11 @@ def test_where_memory_does_not_do_for_all_they_are_computed_in_parts_with_the_sa
         assert (found.tasks.outcome == int(TaskOutcome.OK)).all()
         assert torch.equal(found.rows, expected.rows)
     assert min(sizes) >= 2
-    tried = len(sizes)
+    failed, tried = {size for size in sizes if size > most}, len(sizes)
     again = subject.task_gradients(episodes())
     assert torch.equal(again.rows, found.rows)
     if most >= 3:
-        assert max(sizes[tried:]) <= most  # what did not fit is not tried again
+        assert not failed & set(sizes[tried:])  # what did not fit is not tried again
 
 
 def test_what_the_failed_call_held_is_free_before_anything_is_allocated_for_lost_tasks(monkeypatch):
