@@ -37,7 +37,7 @@ from scaling import configuration
 
 from imaml_dist.data.dataset import CacheOptions, Dataset
 from imaml_dist.data.episodes import EpisodeSource
-from imaml_dist.distributed.reduction import ProcessGroup
+from imaml_dist.distributed.group import ProcessGroup
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tracking import metrics_file

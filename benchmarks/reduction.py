@@ -24,7 +24,8 @@ from meta_gradient import facts
 from torch import Tensor
 
 from imaml_dist.distributed.chunks import dealt_to
-from imaml_dist.distributed.reduction import ProcessGroup, exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.distributed.group import ProcessGroup
+from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, tree_sum
 from imaml_dist.kernels.memory import keep_freed_memory
 
 SIZES = {"Conv-4": 113_221, "10M": 10_000_000}

@@ -25,7 +25,7 @@ from meta_gradient import facts
 from imaml_dist.config.load import build_config
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import resolve
-from imaml_dist.distributed.reduction import Alone, ProcessGroup
+from imaml_dist.distributed.group import Alone, ProcessGroup
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training.run_directory import RunDirectory

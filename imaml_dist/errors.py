@@ -77,6 +77,10 @@ class ClusterError(OutsideError):
     """Ray cannot be started or reached, or does not offer what a run needs."""
 
 
+class PeerLostError(OutsideError):
+    """Another worker has died, is silent, or does not take part any more; the others can go on without it."""
+
+
 class TrainingError(ImamlError):
     """Training gave up; the message has the reason and the last good checkpoint."""
 

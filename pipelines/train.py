@@ -18,7 +18,7 @@ from imaml_dist.config.load import load_config
 from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve
-from imaml_dist.distributed.worker import Stop
+from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import InputError, LossError, ModelError, TrackingError, brief
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tasks.episode import TaskSource

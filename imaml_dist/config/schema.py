@@ -200,6 +200,8 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_every: int = Field(50, ge=1)
     """Meta-steps."""
+    checkpoint_minutes: float | None = Field(None, gt=0)
+    """At the latest so long after the last checkpoint."""
     give_up_after: int = Field(10, ge=1)
     """Skipped meta-steps in a row that end the run; a step is skipped when more than half of its tasks are excluded."""
     keep: int = Field(3, ge=1)
@@ -207,6 +209,10 @@ class RunConfig(Section):
     backend: Literal["ray", "local"] = "ray"
     profile: int = Field(0, ge=0, le=1000)
     """Meta-steps whose time rank 0 splits into phases; 0 is none. One more is traced."""
+    heartbeat_timeout: float = Field(30.0, gt=0)
+    """Seconds without a sign of life after which a worker's process is replaced; it gives two a second."""
+    collective_timeout: float = Field(120.0, gt=0)
+    """Seconds that a worker waits for the others; longer than the slowest one is behind the fastest in a meta-step."""
     reduction: Literal["exact", "fast"] = "exact"
     """`exact`: the same bits for any number of workers. `fast`: one plain all-reduce."""
 
@@ -218,6 +224,16 @@ class ValidateConfig(Section):
     """Meta-steps."""
     tasks: int = Field(200, ge=0)
     """0 switches validation off."""
+    patience: int | None = Field(None, ge=1)
+    """Validations in a row without a better accuracy that end the run; null trains on."""
+
+    @model_validator(mode="after")
+    def _patience_has_something_to_look_at(self) -> ValidateConfig:
+        if self.patience is not None and self.tasks == 0:
+            raise ValueError(
+                f"validate.patience: {self.patience} given, but validate.tasks = 0 validates nothing; give it tasks, or remove the patience"
+            )
+        return self
 
 
 class EvaluateConfig(Section):

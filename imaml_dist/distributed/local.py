@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from imaml_dist.config.schema import ExperimentConfig
-from imaml_dist.distributed.reduction import Alone
-from imaml_dist.distributed.worker import Stop, Worker
+from imaml_dist.distributed.group import Alone
+from imaml_dist.distributed.stop import Stop
+from imaml_dist.distributed.worker import Worker
 from imaml_dist.training.run_directory import RunDirectory
 
 

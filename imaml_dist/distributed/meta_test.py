@@ -13,7 +13,8 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, read_ahead
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
-from imaml_dist.distributed.reduction import Group, first_rank_decides, gather_chunks
+from imaml_dist.distributed.group import Group, first_rank_decides
+from imaml_dist.distributed.reduction import gather_chunks
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import COLUMNS, TASKS_AT_ONCE, Evaluation, predict_queries, task_scores

@@ -1,33 +1,29 @@
-"""The Ray backend: the training loop in Ray Train actors, restarted from the newest checkpoint when one is lost.
+"""The Ray backend: every Ray Train worker is the keeper of one rank.
 
-Ray starts the workers, connects them (gloo on CPUs, nccl on GPUs) and starts the whole group again after a loss. It
-keeps nothing of ours: checkpoints, metrics and the reason of a failure lie in the run directory, which all nodes must
-see under the same path.
+Ray places the keepers, tells them how many they are, and starts all of them again when a node or a keeper is lost; the loss of
+a rank's process the keepers mend among themselves (`keeper`). Ray keeps nothing of ours: checkpoints, metrics and the reason
+of a failure lie in the run directory, which all nodes must see under the same path.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from imaml_dist import errors
-from imaml_dist.config.load import build_config
 from imaml_dist.config.schema import ExperimentConfig
-from imaml_dist.distributed.reduction import ProcessGroup
-from imaml_dist.distributed.worker import Stop, Worker
+from imaml_dist.distributed.ray_worker import keep_rank
+from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import ImamlError, TrainingError
 from imaml_dist.storage.local import local_path
 from imaml_dist.storage.opening import S3
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
-MAX_RESTARTS = 8
-"""Losses of workers or nodes that one call survives."""
-
-COLLECTIVE_TIMEOUT_S = 120
+GROUP_START_S = 30
+"""For Ray to find room for all workers; where fewer will do, it then goes on with those that have come."""
 
 
 def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
@@ -44,23 +40,33 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
 
     Raises:
         ImamlError: what a worker raised, as it raised it.
-        TrainingError: workers were lost more often than `MAX_RESTARTS` times.
+        TrainingError: Ray itself gave up.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_S))
+    from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
+    from ray.train.backend import Backend
+    from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
+
+    class SharedGpus(Backend):  # type: ignore[misc]
+        """Workers of one node see each other's GPUs, as nccl wishes."""
+
+        share_cuda_visible_devices = True
+
+    class Sharing(BackendConfig):  # type: ignore[misc]
+        backend_cls = SharedGpus
 
     cuda = config.run.device == "cuda"
     scratch = run.ray_scratch.resolve()
-    trainer = TorchTrainer(
-        _worker,
+    trainer = DataParallelTrainer(
+        keep_rank,
         train_loop_config={
             "config": config.model_dump(by_alias=True) | _absolute(config),
             "run": str(run.path.resolve()),
-            "import_path": os.getcwd(),
+            "import_path": [os.getcwd()],
         },
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cuda else "gloo", timeout_s=COLLECTIVE_TIMEOUT_S),
+        backend_config=Sharing() if cuda else BackendConfig(),
         scaling_config=ScalingConfig(
             num_workers=config.run.workers,
             use_gpu=cuda,
@@ -69,7 +75,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         run_config=RunConfig(
             name=f"start-{len(run.starts()):04d}-{os.getpid()}",
             storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=MAX_RESTARTS, controller_failure_limit=5),
+            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=5),
         ),
     )
     try:
@@ -78,8 +84,8 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         raise_failure(run)
         newest = max(checkpoints.steps(run.checkpoints), default=None)
         raise TrainingError(
-            f"Ray gave up after {MAX_RESTARTS} restarts of the workers ({type(error).__name__}); the last good checkpoint is of step "
-            f"{newest}; see the worker logs of Ray, then run the same command again to resume"
+            f"Ray gave up ({errors.brief(error)}); the last good checkpoint is of step {newest}; see the worker logs of Ray, then run "
+            "the same command again to resume"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -93,20 +99,6 @@ def raise_failure(run: RunDirectory) -> None:
     if failure is not None:
         kind = getattr(errors, str(failure["type"]), ImamlError)
         raise kind(str(failure["message"]))
-
-
-def _worker(payload: dict[str, Any]) -> int:
-    """What each Ray actor runs."""
-    run = RunDirectory(Path(payload["run"]))
-    if run.failure_file.exists():  # Ray restarts the group after any error; one that will only repeat itself ends here
-        return int(Stop.INTERRUPTED)
-    sys.path.insert(0, payload["import_path"])
-    try:
-        return int(Worker(build_config(payload["config"]), run, ProcessGroup()).run_to_end())
-    except ImamlError as error:
-        if type(error) is not ImamlError:  # the bare root only says that rank 0 gave up, whose own reason must stand
-            run.write_json(run.failure_file, {"type": type(error).__name__, "message": str(error)})
-        raise
 
 
 def _absolute(config: ExperimentConfig) -> dict[str, Any]:

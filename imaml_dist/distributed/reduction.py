@@ -13,107 +13,13 @@ Each rank sends `(k + 1) P (W - 1) / W` numbers; a ring all-reduce sends `2 P (W
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from imaml_dist.distributed.chunks import dealt_to
-from imaml_dist.errors import ImamlError
-
-
-class Group(Protocol):
-    """The workers of a run, as seen by one of them."""
-
-    rank: int
-    world: int
-
-    def gather(self, mine: Tensor) -> list[Tensor]:
-        """Every rank's tensor, in order of ranks; all have one shape."""
-        ...
-
-    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
-        """To every rank one segment of one's rows, and from every rank that segment of its rows which is one's own.
-
-        Args:
-            mine: `[W, k, n]`, segment s of the k rows of this rank at s.
-            counts: k of every rank.
-
-        Returns:
-            `[sum(counts), n]`, in order of ranks.
-        """
-        ...
-
-    def sum(self, mine: Tensor) -> Tensor:
-        """Sum over ranks, in the communication library's own order."""
-        ...
-
-
-class Alone:
-    """A group of one."""
-
-    rank, world = 0, 1
-
-    def gather(self, mine: Tensor) -> list[Tensor]:
-        """See `Group.gather`."""
-        return [mine]
-
-    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
-        """See `Group.exchange`."""
-        return mine[0]
-
-    def sum(self, mine: Tensor) -> Tensor:
-        """See `Group.sum`."""
-        return mine
-
-
-class ProcessGroup:
-    """The default process group of torch.distributed, which must be initialised."""
-
-    def __init__(self) -> None:
-        self.rank, self.world = dist.get_rank(), dist.get_world_size()
-
-    def gather(self, mine: Tensor) -> list[Tensor]:
-        """See `Group.gather`."""
-        parts = [torch.empty_like(mine) for _ in range(self.world)]
-        dist.all_gather(parts, mine.contiguous())
-        return parts
-
-    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
-        """See `Group.exchange`."""
-        width = mine.shape[2]
-        found = mine.new_empty(sum(counts) * width)
-        sent = [mine.shape[1] * width] * self.world
-        dist.all_to_all_single(found, mine.contiguous().view(-1), [count * width for count in counts], sent)
-        return found.view(-1, width)
-
-    def sum(self, mine: Tensor) -> Tensor:
-        """See `Group.sum`."""
-        total = mine.clone()
-        dist.all_reduce(total)
-        return total
-
-
-def first_rank_decides(group: Group, decide: Callable[[], int]) -> int:
-    """What rank 0's `decide` returns, on every rank. What it raises is raised on every rank, so that none waits for another.
-
-    Raises:
-        ImamlError: raised by `decide`; ranks other than 0 only know that it was.
-    """
-    choice, error = [0, 0], None
-    if group.rank == 0:
-        try:
-            choice = [1, decide()]
-        except ImamlError as caught:
-            error = caught
-    found, value = group.gather(torch.tensor(choice, dtype=torch.int64))[0].tolist()
-    if error is not None:
-        raise error
-    if not found:
-        raise ImamlError("rank 0 gave up; its own error says why")
-    return int(value)
+from imaml_dist.distributed.group import Group
 
 
 def tree_sum(rows: Tensor) -> Tensor:

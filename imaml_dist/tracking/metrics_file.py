@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,19 +17,27 @@ from imaml_dist.storage.local import atomic_write
 Record = dict[str, Any]
 
 
-def append(path: Path, record: Mapping[str, Any], *, durable: bool = False) -> None:
+def append(path: Path, record: Mapping[str, Any]) -> None:
     """Add a line; numbers that are not finite become null, so that any JSON reader can read the file.
 
-    Args:
-        path: of the file, made if missing.
-        record: of one meta-step.
-        durable: wait until the line, and all before it, are on disk.
+    Raises:
+        OSError: it cannot be written; then nothing of it is.
     """
-    with open(path, "a", encoding="utf-8") as file:
-        file.write(json.dumps(finite(record), allow_nan=False) + "\n")
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
+    line = (json.dumps(finite(record), allow_nan=False) + "\n").encode()
+    with open(path, "ab", buffering=0) as file:
+        whole = file.tell()
+        try:
+            if file.write(line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        except OSError:
+            file.truncate(whole)  # a full disk takes a part
+            raise
+
+
+def make_durable(path: Path) -> None:
+    """Wait until all lines are on disk."""
+    with suppress(FileNotFoundError), open(path, "rb") as file:
+        os.fsync(file.fileno())
 
 
 def finite(value: Any) -> Any:

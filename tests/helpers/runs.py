@@ -11,7 +11,7 @@ import yaml
 from imaml_dist.config.load import build_config
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import resolve
-from imaml_dist.distributed.reduction import Alone, Group, ProcessGroup
+from imaml_dist.distributed.group import Alone, Group, ProcessGroup
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import ImamlError
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource

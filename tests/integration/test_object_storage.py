@@ -160,7 +160,7 @@ def test_a_resumed_run_refuses_another_data_set(folder, tmp_path):
 
 
 def train_alone_without_test(config, path):
-    from imaml_dist.distributed.reduction import Alone
+    from imaml_dist.distributed.group import Alone
     from imaml_dist.distributed.worker import Worker
 
     run = RunDirectory(path)

@@ -6,7 +6,7 @@ import json
 from helpers.command import imaml
 from helpers.runs import fingerprint, tiny, write_config
 
-from imaml_dist.distributed.reduction import Alone
+from imaml_dist.distributed.group import Alone
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import StorageError
 from imaml_dist.training import checkpoints

@@ -19,8 +19,9 @@ from helpers.runs import (
 
 from imaml_dist.config.load import build_config
 from imaml_dist.distributed.build import resolve
-from imaml_dist.distributed.reduction import Alone
-from imaml_dist.distributed.worker import Stop, Worker
+from imaml_dist.distributed.group import Alone
+from imaml_dist.distributed.stop import Stop
+from imaml_dist.distributed.worker import Worker
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of

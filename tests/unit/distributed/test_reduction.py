@@ -7,16 +7,8 @@ import torch
 from helpers.gloo import run_group
 
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
-from imaml_dist.distributed.reduction import (
-    Alone,
-    ProcessGroup,
-    exact_sum,
-    fast_sum,
-    gather_chunks,
-    join,
-    own_nodes,
-    tree_sum,
-)
+from imaml_dist.distributed.group import Alone, ProcessGroup
+from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, join, own_nodes, tree_sum
 
 CHUNKS, SIZE = 7, 1001
 

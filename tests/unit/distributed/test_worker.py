@@ -10,9 +10,11 @@ from safetensors.torch import save_file
 from torch import nn
 
 from imaml_dist.algorithms.learner import TaskGradients
+from imaml_dist.distributed.chunks import chunks_of
+from imaml_dist.distributed.group import Alone
 from imaml_dist.distributed.meta_test import shared_accuracy
 from imaml_dist.distributed.ray_train import _absolute
-from imaml_dist.distributed.reduction import Alone, tree_sum
+from imaml_dist.distributed.reduction import tree_sum
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import CheckpointError, ConfigError, InputError, TrainingError
 from imaml_dist.training import checkpoints
@@ -68,14 +70,14 @@ def test_the_mean_of_a_step_with_bad_tasks_is_bit_equal_to_that_of_the_accepted_
     begun(config, tmp_path / "run")
     worker = spoilt_worker(config, tmp_path / "run", Alone(), {0: bad})
     clean = worker.train_source.source
-    chunks = [worker.learner.task_gradients(clean.episodes(0, chunk)) for chunk in worker.chunks]
+    chunks = [worker.learner.task_gradients(clean.episodes(0, chunk)) for chunk in chunks_of(8, 2)]
     assert all(bool(chunk.accepted.all()) for chunk in chunks)
     rows = torch.stack([chunk.rows for chunk in chunks])
     rows.view(8, -1)[:bad] = 0.0
     expected = tree_sum(torch.stack([tree_sum(chunk) for chunk in rows])) / (8 - bad)
     applied = []
     worker.state.apply = lambda gradient, rate: applied.append(gradient)
-    worker._episodes = (worker.train_source.episodes(0, chunk) for chunk in worker.chunks)
+    worker._episodes = (worker.train_source.episodes(0, chunk) for chunk in chunks_of(8, 2))
     record = worker._meta_step(0)
     assert record["accepted"] == 8 - bad
     assert torch.equal(applied[0], expected)
@@ -112,8 +114,7 @@ def test_what_the_algorithm_learns_is_in_every_record(data, tmp_path):
     config = tiny(data, *ALONE, steps=1)
     worker = Worker(config, begun(config, tmp_path / "run"), Alone())
     summaries = {"algorithm_lam_min": 0.1, "algorithm_lam_median": 0.2, "algorithm_lam_max": 0.4}
-    parameters = MetaParameters(worker.learner.model, describe=lambda: summaries)
-    worker.state = MetaState(parameters, make_optimizer(parameters, config.outer))
+    worker.state.parameters = MetaParameters(worker.learner.model, describe=lambda: summaries)
     worker.run_to_end()
     assert summaries.items() <= records(tmp_path / "run")[0].items()
 

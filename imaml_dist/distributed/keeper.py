@@ -1,0 +1,248 @@
+"""The keeper of one rank: starts its process, watches it, and gives the rank a new process when that one is lost.
+
+Why the process of a rank is not the Ray actor itself: when an actor dies, Ray Train starts the whole group again, which costs
+all survivors their state and some ten seconds. A keeper is an actor that does nothing which could kill it. When a process
+is lost, all processes leave the group, a waiting spare takes the lost one's place, and the new group goes on with the state
+that the survivors remember.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from imaml_dist.distributed.channel import Channel, Message
+from imaml_dist.distributed.crew import Crew
+from imaml_dist.distributed.stop import Stop
+from imaml_dist.errors import ClusterError
+
+POLL_S = 0.1
+
+START_S = 180.0
+"""For a process to come up: a busy machine imports torch slowly."""
+
+LEAVE_S = 10.0
+"""For the other keepers to see that the run has ended."""
+
+JOIN_S = 5.0
+"""For a process that was joining a group which is over already."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long to wait, in seconds.
+
+    Attributes:
+        silence: for a sign of life of a process, which gives two a second.
+        collective: for the others in a collective operation, and for other keepers beyond that.
+    """
+
+    silence: float
+    collective: float
+
+
+class RankProcess:
+    """A process of `rank.py`."""
+
+    def __init__(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(  # noqa: S603 - our own module, no shell
+                [sys.executable, "-m", "imaml_dist.distributed.rank", str(theirs.fileno())],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,  # a terminal's Ctrl-C is not for it
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )
+        self._channel = Channel(ours)
+        self._heard = time.monotonic()
+        self.ready = False
+        self.joining = self.member = False
+        """Of a group: about to be, and until it says how that ended."""
+        self.step = -1
+        """The last that it told."""
+
+    @property
+    def pid(self) -> int:
+        """Of the operating system."""
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        """Whether it runs, or is stopped."""
+        return self._channel.open and self._process.poll() is None
+
+    @property
+    def silent(self) -> float:
+        """Seconds since its last word."""
+        return time.monotonic() - self._heard
+
+    def join(self, **order: Any) -> None:
+        """Have it train in a group."""
+        self.joining = self.member = True
+        self._channel.send(do="join", **order)
+
+    def save(self) -> None:
+        """Have it ask for a checkpoint."""
+        self._channel.send(do="save")
+
+    def hear(self, wait: float) -> list[Message]:
+        """What it says that is not only a sign of life, after so many seconds at most."""
+        news = []
+        for message in self._channel.receive(wait):
+            self._heard = time.monotonic()
+            match message["said"]:
+                case "beat":
+                    self.step = message["step"]
+                case "ready":
+                    self.ready = True
+                case "joined":
+                    self.joining = False
+                case _:
+                    self.joining = self.member = False
+                    news.append(message)
+        return news
+
+    def wait_until_ready(self, timeout: float) -> bool:
+        """Whether it comes up in time."""
+        deadline = time.monotonic() + timeout
+        while not self.ready and self.alive and time.monotonic() < deadline:
+            self.hear(POLL_S)
+        return self.ready and self.alive
+
+    def kill(self) -> None:
+        """End it, whatever it does, and wait until it is gone."""
+        self._process.kill()
+        self._process.wait()
+        self._channel.close()
+
+    def how_it_ended(self) -> str:
+        """In words; waits for it."""
+        code = self._process.wait()
+        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+
+
+class Keeper:
+    """Keeps a rank alive until the run has come to its end.
+
+    Args:
+        process: of the rank; more will be started as they are needed, and all ended.
+        crew: all keepers.
+        order: what the rank's process is told when it joins a group, all but generation and reason.
+        limits: how long to wait.
+        failed: told type and message of an error that ends the run.
+        preempted: whether this node will be taken away soon; asked often.
+        spare: keep a second process waiting, which spares a lost one's successor the seconds that imports take.
+    """
+
+    def __init__(
+        self,
+        process: RankProcess,
+        crew: Crew,
+        order: Message,
+        limits: Limits,
+        failed: Callable[[str, str], None],
+        preempted: Callable[[], bool] = lambda: False,
+        spare: bool = True,
+    ) -> None:
+        self._crew, self._order, self._limits = crew, order, limits
+        self._failed, self._preempted, self._with_spare = failed, preempted, spare
+        self._process = process
+        self._spare: RankProcess | None = None
+        self._cause = ""
+
+    def run(self) -> Stop | None:
+        """Train to the end.
+
+        Returns:
+            Why the training ended; None if it failed, on whichever rank.
+
+        Raises:
+            PeerLostError: another keeper is gone, or the store.
+            ClusterError: no process comes up here.
+        """
+        generation = 0
+        try:
+            while True:
+                self._make_ready()
+                told = self._crew.gather(generation, self._cause, self._limits.collective + START_S)
+                after = "; ".join(filter(None, told)) or ("the connection was lost" if generation else None)
+                self._cause = ""
+                self._process.join(generation=generation, after=after, **self._order)
+                end = self._watch(generation)
+                if end is not self._LOST:
+                    self._crew.leave(LEAVE_S)
+                    return end
+                generation += 1
+        finally:
+            self._process.kill()
+            if self._spare is not None:
+                self._spare.kill()
+
+    _LOST = Stop.NOT_YET
+    """The end of a generation, not of the run."""
+
+    def _make_ready(self) -> None:
+        """Have a process that can join a group: the one there is, the spare, or a new one."""
+        if not self._process.alive:
+            self._process.kill()
+            self._process, self._spare = self._spare or RankProcess(), None
+        if not self._process.wait_until_ready(START_S):
+            self._process.kill()
+            raise ClusterError(
+                f"the process of rank {self._crew.rank} did not come up ({self._process.how_it_ended()}); see this worker's log of Ray"
+            )
+
+    def _watch(self, generation: int) -> Stop | None:
+        process, crew, who = self._process, self._crew, f"rank {self._crew.rank} (process {self._process.pid})"
+        begun, ended, warned = process.step, None, False
+        while crew.over(generation) is None:
+            for message in process.hear(POLL_S):
+                match message["said"]:
+                    case "ended":
+                        ended = Stop(message["stop"])
+                        crew.finished(generation)
+                    case "lost":
+                        crew.end(generation)
+                    case "failed":
+                        self._failed(message["type"], message["message"])
+                        crew.end(generation, failed=True)
+                    case "crashed":
+                        self._cause = f"{who} crashed ({message['why']})"
+            if not process.alive:
+                self._cause = self._cause or f"{who} ended with {process.how_it_ended()}"
+                crew.end(generation)
+            elif process.silent > self._limits.silence:
+                self._cause = f"{who} was silent for {process.silent:.1f} s"
+                process.kill()
+                crew.end(generation)
+            elif self._with_spare and self._spare is None and process.step > begun >= 0:
+                self._spare = RankProcess()  # after a first step, to which it would have been in the way
+            if ended is not None and crew.all_finished(generation):
+                return ended
+            begun = process.step if begun < 0 else begun
+            if not warned and self._preempted():
+                warned = True
+                process.save()
+        return None if crew.over(generation) == "failed" else self._left()
+
+    def _left(self) -> Stop:
+        """Wait until the process has left a group that is over: it finds out as the others close their connections."""
+        process, since = self._process, time.monotonic()
+        while process.alive and process.member:
+            process.hear(POLL_S)
+            waited = time.monotonic() - since
+            longest = JOIN_S if process.joining else self._limits.collective + JOIN_S
+            if process.silent > self._limits.silence or waited > longest:
+                self._cause = (
+                    f"rank {self._crew.rank} (process {process.pid}) did not leave its group for {waited:.0f} s"
+                )
+                process.kill()
+        return self._LOST

@@ -1,0 +1,147 @@
+"""One meta-step of one rank: adapt the tasks dealt to it, sum over all ranks, update; every rank ends with the same state."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.core.linear.solution import Outcome
+from imaml_dist.core.outcome import TaskOutcome
+from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.group import Group
+from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.tasks.episode import EpisodeBatch
+from imaml_dist.tracking.metrics_file import Record
+from imaml_dist.training.outer import clip_norm, is_usable, learning_rate
+from imaml_dist.training.state import MetaState
+
+
+class MetaStep:
+    """Takes meta-steps.
+
+    Args:
+        config: resolved configuration.
+        learner: with the parameters that `state` steps.
+        state: the meta-state.
+        group: the workers.
+    """
+
+    def __init__(self, config: ExperimentConfig, learner: MetaLearner, state: MetaState, group: Group) -> None:
+        self._config, self._learner, self._state, self._group = config, learner, state, group
+        self._chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
+        self._mine = [self._chunks[n] for n in dealt_to(group.rank, group.world, len(self._chunks))]
+
+    @property
+    def tasks(self) -> int:
+        """Tasks that this rank computes in a meta-step."""
+        return sum(len(chunk) for chunk in self._mine)
+
+    def requests(self) -> Iterator[tuple[int, range]]:
+        """The (step, tasks) that this rank computes from the state's step on, in order."""
+        return ((step, chunk) for step in range(self._state.step, self._config.run.steps) for chunk in self._mine)
+
+    def take(self, step: int, episodes: Iterator[EpisodeBatch]) -> Record:
+        """Compute, reduce and apply.
+
+        Args:
+            step: the state's next one.
+            episodes: of `requests`, from here on.
+
+        Returns:
+            The step's line of metrics.
+
+        Raises:
+            PeerLostError: another rank is gone; nothing has been applied.
+        """
+        clock = time.perf_counter()
+        seconds = {"data": 0.0, "inner": 0.0, "query": 0.0, "solve": 0.0}
+        gradients, rows = [], []
+        for _ in self._mine:
+            fetch = time.perf_counter()
+            batch = next(episodes).to(self._config.run.device)
+            seconds["data"] += time.perf_counter() - fetch
+            out = self._learner.task_gradients(batch)
+            for phase, spent in out.seconds.items():
+                seconds[phase] += spent
+            gradients.append(tree_sum(out.rows))
+            rows.append(out.tasks.to_rows())
+        reduce = time.perf_counter()
+        total, tasks = self._reduced(gradients, rows)
+        seconds["reduce"] = time.perf_counter() - reduce
+
+        outer = time.perf_counter()
+        rate = learning_rate(self._config.outer, self._state.updates, self._config.run.steps)
+        norm = self._apply(total, tasks, rate)
+        self._state.ledger.commit(step, [int(code) for code in tasks.outcome.tolist()])
+        seconds["outer"] = time.perf_counter() - outer
+        elapsed = time.perf_counter() - clock
+        return {
+            "step": step,
+            "time": time.time(),
+            **_task_metrics(tasks),
+            **self._state.parameters.describe(),
+            "grad_norm": norm,
+            "step_skipped": int(self._state.skipped_in_a_row > 0),
+            "updates": self._state.updates,
+            "lr": rate,
+            "tasks_per_second": len(tasks.outcome) / elapsed,
+            "seconds_step": elapsed,
+            **{f"seconds_{phase}": value for phase, value in seconds.items()},
+            "world_size": self._group.world,
+        }
+
+    def _reduced(self, gradients: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, TaskRecord]:
+        """The sum over all tasks of the step, and what became of each."""
+        size, run = self._state.parameters.layout.size, self._config.run
+        dtype = next(self._learner.model.parameters()).dtype
+        mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=run.device, dtype=dtype)
+        facts = (
+            torch.stack(rows)
+            if rows
+            else torch.zeros(0, run.chunk, len(TaskRecord.names()), device=run.device).double()
+        )
+        count = len(self._chunks)
+        total = exact_sum(self._group, mine, count) if run.reduction == "exact" else fast_sum(self._group, mine)
+        return total, TaskRecord.from_rows(gather_chunks(self._group, facts, count).flatten(0, 1).cpu())
+
+    def _apply(self, total: Tensor, tasks: TaskRecord, rate: float) -> float:
+        """Step with the mean gradient of the accepted tasks, or skip the step: every rank decides alike, from equal facts."""
+        accepted = int((tasks.outcome == int(TaskOutcome.OK)).sum())
+        gradient, norm = clip_norm(total / max(1, accepted), self._config.outer.clip)
+        if is_usable(accepted, len(tasks.outcome), norm):
+            self._state.apply(gradient, rate)
+        else:
+            self._state.skip()
+        return norm if accepted else float("nan")
+
+
+def _task_metrics(tasks: TaskRecord) -> Record:
+    """Means over the accepted tasks, and counts of all outcomes."""
+    ok = tasks.outcome == int(TaskOutcome.OK)
+
+    def mean(values: Tensor) -> float:
+        return float(values[ok].mean()) if bool(ok.any()) else float("nan")
+
+    record: Record = {
+        "meta_loss": mean(tasks.query_loss),
+        "query_accuracy": mean(tasks.query_accuracy),
+        "support_loss": mean(tasks.support_loss),
+        "stationarity": mean(tasks.stationarity),
+        "distance": mean(tasks.distance),
+        "cosine": mean(tasks.cosine),
+        "accepted": int(ok.sum()),
+        "excluded": int((~ok).sum()),
+    }
+    if bool((tasks.cg_outcome != NO_SOLVE).any()):
+        record |= {"cg_residual": mean(tasks.cg_residual), "cg_iterations": mean(tasks.cg_iterations)}
+        record |= {f"cg_{o.name.lower()}": int((tasks.cg_outcome == int(o)).sum()) for o in Outcome}
+    for code in TaskOutcome:
+        if code is not TaskOutcome.OK and bool((tasks.outcome == int(code)).any()):
+            record[f"excluded_{code.name.lower()}"] = int((tasks.outcome == int(code)).sum())
+    return record

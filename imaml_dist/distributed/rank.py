@@ -1,0 +1,131 @@
+"""The process of one rank: it trains when its keeper says so, and remembers the state when the others are lost.
+
+    python -m imaml_dist.distributed.rank FD
+
+FD is the process's end of its `Channel`. It is told `join` (train, in this group) and `save` (a checkpoint at the end of the
+step), and says `ready`, `joined`, `beat` (twice a second, with its step), and how a group ended for it: `ended`, `lost`,
+`failed` (an error that is the run's) or `crashed` (any other, which is this process's end, too).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import queue
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+
+from imaml_dist.config.load import build_config
+from imaml_dist.distributed.channel import Channel, Message
+from imaml_dist.distributed.group import ProcessGroup, losses
+from imaml_dist.distributed.memory import Memory
+from imaml_dist.distributed.worker import Worker
+from imaml_dist.errors import ImamlError, PeerLostError, brief
+from imaml_dist.training.run_directory import RunDirectory
+
+BEAT_S = 0.5
+
+_SIGNAL_AT_PARENTS_DEATH = 1
+"""PR_SET_PDEATHSIG of Linux."""
+
+
+class Rank:
+    """What the keeper of a rank talks to."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._orders: queue.Queue[Message] = queue.Queue()
+        self._worker: Worker | None = None
+        self._memory: Memory | None = None
+
+    def live(self) -> None:
+        """Do as one is told until the keeper is gone, which ends the process."""
+        signal.signal(signal.SIGTERM, lambda number, frame: self._save())
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which asks for an end by a file
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        threading.Thread(target=self._beat, name="beat", daemon=True).start()
+        self._channel.send(said="ready")
+        while True:
+            self._join(self._orders.get())
+
+    def _listen(self) -> None:
+        while self._channel.open:
+            for message in self._channel.receive():
+                if message["do"] == "join":
+                    self._orders.put(message)
+                elif message["do"] == "save":
+                    self._save()
+        os._exit(1)  # whatever the training is doing: nobody is interested in it any more
+
+    def _beat(self) -> None:
+        while True:
+            self._channel.send(said="beat", step=-1 if self._worker is None else self._worker.state.step)
+            time.sleep(BEAT_S)
+
+    def _save(self) -> None:
+        if self._worker is not None:
+            self._worker.save_now = True
+
+    def _join(self, order: Message) -> None:
+        try:
+            self._channel.send(said="ended", stop=int(self._trained(order)))
+        except PeerLostError as error:
+            self._channel.send(said="lost", why=str(error))
+        except ImamlError as error:
+            if type(error) is ImamlError:  # only says that rank 0 gave up, whose own reason must stand
+                self._channel.send(said="lost", why=str(error))
+            else:
+                self._channel.send(said="failed", type=type(error).__name__, message=str(error))
+        except Exception as error:
+            traceback.print_exc()
+            self._channel.send(said="crashed", why=brief(error))
+            os._exit(1)
+
+    def _trained(self, order: Message) -> int:
+        """Join a group and train in it."""
+        sys.path[:0] = [path for path in order["import_path"] if path not in sys.path]
+        if order["gpu"] is not None:
+            torch.cuda.set_device(order["gpu"])
+        limit = timedelta(seconds=order["timeout"])
+        worker = None
+        try:
+            with losses():
+                store = TCPStore(order["host"], order["port"], is_master=False, timeout=limit)
+                dist.init_process_group(
+                    order["backend"],
+                    store=PrefixStore(f"group/{order['generation']}", store),
+                    rank=order["rank"],
+                    world_size=order["world"],
+                    timeout=limit,
+                )
+            self._channel.send(said="joined")
+            config, run = build_config(order["config"]), RunDirectory(Path(order["run"]))
+            worker = self._worker = Worker(config, run, ProcessGroup(), self._memory, order["after"])
+            return worker.run_to_end()
+        finally:
+            if worker is not None:
+                self._memory = worker.memory()
+            with suppress(Exception):  # closes the connections, which tells the others
+                dist.destroy_process_group()
+
+
+def _end_with_parent() -> None:
+    """Have the kernel end this process with its keeper, also if it is stopped then and cannot notice; Linux only."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, int(signal.SIGKILL))
+
+
+if __name__ == "__main__":
+    _end_with_parent()
+    Rank(Channel(socket.socket(fileno=int(sys.argv[1])))).live()

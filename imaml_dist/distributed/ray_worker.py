@@ -1,0 +1,87 @@
+"""What runs in a Ray Train worker: the keeper of one rank."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from imaml_dist.config.load import build_config
+from imaml_dist.distributed.crew import connect, open_store
+from imaml_dist.distributed.interface import interface_of
+from imaml_dist.distributed.keeper import Keeper, Limits, RankProcess
+from imaml_dist.distributed.stop import Stop
+from imaml_dist.errors import ImamlError, PeerLostError
+from imaml_dist.training.run_directory import RunDirectory
+
+
+def keep_rank(payload: dict[str, Any]) -> int:
+    """Keep this worker's rank to the end of the run.
+
+    Args:
+        payload: `config` and `run` (its directory), and `import_path` for a user's own modules.
+
+    Returns:
+        The `Stop`; INTERRUPTED if the run failed, whose error lies in the run directory then.
+
+    Raises:
+        PeerLostError: another keeper is lost. Ray starts all of them again.
+        ImamlError: this one cannot keep its rank; the run directory has the error, too.
+    """
+    run = RunDirectory(Path(payload["run"]))
+
+    def failed(kind: str, message: str) -> None:
+        run.write_json(run.failure_file, {"type": kind, "message": message})
+
+    if run.failure_file.exists():  # Ray restarts the group after any error; one that will only repeat itself ends here
+        return int(Stop.INTERRUPTED)
+    try:
+        stop = _keep(payload, failed)
+    except PeerLostError:
+        raise
+    except ImamlError as error:
+        failed(type(error).__name__, str(error))
+        raise
+    return int(Stop.INTERRUPTED if stop is None else stop)
+
+
+def _keep(payload: dict[str, Any], failed: Any) -> Stop | None:
+    from ray import train
+    from ray.train.collective import broadcast_from_rank_zero
+    from ray.train.torch import get_device
+    from ray.util import get_node_ip_address
+
+    context, here = train.get_context(), get_node_ip_address()
+    rank, world = context.get_world_rank(), context.get_world_size()
+    if (interface := interface_of(here)) is not None:
+        # Of their own accord they take the address that the machine's name stands for, which others may not reach.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
+    process = RankProcess()
+    opened = open_store(here) if rank == 0 else None
+    host, port = broadcast_from_rank_zero(None if opened is None else [here, opened[1]])
+    config = build_config(payload["config"])
+    cuda = config.run.device == "cuda"
+    order = {
+        **payload,
+        "host": host,
+        "port": port,
+        "rank": rank,
+        "world": world,
+        "timeout": config.run.collective_timeout,
+        "backend": "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        "gpu": get_device().index if cuda else None,
+    }
+    limits = Limits(config.run.heartbeat_timeout, config.run.collective_timeout)
+    crew = connect(host, port, rank, world, None if opened is None else opened[0])
+    return Keeper(process, crew, order, limits, failed, _preempted).run()
+
+
+def _preempted() -> bool:
+    """Whether Ray knows that a worker's node is about to be taken away.
+
+    `ray.train.get_preemption_info` would tell, but makes all workers wait for each other.
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info is not None

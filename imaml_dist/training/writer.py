@@ -1,0 +1,132 @@
+"""The one pen of a run: metrics line by line, and checkpoints in the background, so that no step waits for a disk.
+
+A meta-step waits for a copy of its state and for nothing else. One thread makes the metrics durable, then writes the
+checkpoint: none is ever ahead of its metrics. What cannot be written (a full disk) is owed, and tried again with the next
+checkpoint; only what is still owed in the end is an error.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from imaml_dist.errors import StorageError
+from imaml_dist.tracking import metrics_file
+from imaml_dist.training import checkpoints
+from imaml_dist.training.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class _Checkpoint:
+    step: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+    best: int
+
+
+class RunWriter:
+    """Writes what a run leaves behind; when it is closed all of it is on disk.
+
+    Args:
+        run: the run's directory.
+        keep: newest checkpoints to keep, besides the best.
+
+    Attributes:
+        failures: attempts to write that failed so far.
+    """
+
+    def __init__(self, run: RunDirectory, keep: int) -> None:
+        self._run, self._keep = run, keep
+        self.failures = 0
+        self._reason = ""
+        self._lines: list[metrics_file.Record] = []
+        self._owed: list[_Checkpoint] = []
+        self._new = self._closing = False
+        self._broken: Exception | None = None
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._loop, name="writer", daemon=True)
+        self._thread.start()
+
+    def record(self, record: metrics_file.Record) -> None:
+        """Add a meta-step's line to the metrics; at once, for others follow them."""
+        self._lines.append(record)
+        self._write_lines()
+
+    def checkpoint(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any], best: int) -> None:
+        """Have a checkpoint written; returns at once.
+
+        Where disks are slower than steps checkpoints become fewer: of those that wait, only the newest and the best are written.
+
+        Args:
+            step: committed meta-steps.
+            tensors: of the state; not to be changed any more.
+            facts: of the state.
+            best: step of the best checkpoint so far.
+        """
+        with self._changed:
+            self._raise_if_broken()
+            self._owed = [one for one in self._owed if one.step == best] + [_Checkpoint(step, tensors, facts, best)]
+            self._new = True
+            self._changed.notify()
+
+    def close(self) -> None:
+        """Wait until everything is on disk.
+
+        Raises:
+            StorageError: something cannot be written; what was written before is untouched.
+        """
+        with self._changed:
+            self._closing = True
+            self._changed.notify()
+        self._thread.join()
+        self._raise_if_broken()
+        self._write_lines()
+        if self._owed or self._lines:
+            raise StorageError(
+                f"{self._run.path} cannot be written ({self._reason}); free space and run the same command again to resume"
+            )
+
+    def _loop(self) -> None:
+        closing = False
+        while not closing:
+            with self._changed:
+                self._changed.wait_for(lambda: self._new or self._closing)
+                closing, self._new = self._closing, False
+                taken, self._owed = self._owed, []
+            try:
+                failed = [one for one in taken if not self._is_written(one)]
+            except Exception as error:  # a defect of ours: told by the next call, not lost in this thread
+                self._broken = error
+                return
+            with self._changed:
+                newer = self._owed
+                self._owed = [one for one in failed if not newer or one.step == newer[-1].best] + newer
+
+    def _is_written(self, one: _Checkpoint) -> bool:
+        try:
+            metrics_file.make_durable(self._run.metrics_file)
+            checkpoints.save(self._run.checkpoints, one.step, one.tensors, one.facts)
+            checkpoints.prune(self._run.checkpoints, self._keep, one.best)
+        except OSError as error:
+            self._failed(error)
+            return False
+        return True
+
+    def _write_lines(self) -> None:
+        try:
+            while self._lines:
+                metrics_file.append(self._run.metrics_file, self._lines[0])
+                del self._lines[0]
+        except OSError as error:
+            self._failed(error)
+
+    def _failed(self, error: OSError) -> None:
+        self.failures += 1
+        self._reason = str(error)
+
+    def _raise_if_broken(self) -> None:
+        if self._broken is not None:
+            raise self._broken
