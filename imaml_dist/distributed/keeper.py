@@ -62,7 +62,7 @@ class RankProcess:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._channel = Channel(ours)
-        self._heard = time.monotonic()
+        self._heard = self._moved = time.monotonic()
         self.ready = False
         self.joining = self.member = False
         """Of a group: about to be, and until it says how that ended."""
@@ -84,9 +84,15 @@ class RankProcess:
         """Seconds since its last word."""
         return time.monotonic() - self._heard
 
+    @property
+    def still(self) -> float:
+        """Seconds since it joined its group, or got on by a meta-step."""
+        return time.monotonic() - self._moved
+
     def join(self, **order: Any) -> None:
         """Have it train in a group."""
         self.joining = self.member = True
+        self._moved = time.monotonic()
         self._channel.send(do="join", **order)
 
     def save(self) -> None:
@@ -100,6 +106,7 @@ class RankProcess:
             self._heard = time.monotonic()
             match message["said"]:
                 case "beat":
+                    self._moved = self._moved if self.step == message["step"] else self._heard
                     self.step = message["step"]
                 case "ready":
                     self.ready = True
@@ -139,6 +146,7 @@ class Keeper:
         limits: how long to wait.
         failed: told type and message of an error that ends the run.
         preempted: whether this node will be taken away soon; asked often.
+        before: why other keepers than these have not brought the run to its end; None if these are the first.
         spare: keep a second process waiting, which spares a lost one's successor the seconds that imports take.
     """
 
@@ -150,13 +158,14 @@ class Keeper:
         limits: Limits,
         failed: Callable[[str, str], None],
         preempted: Callable[[], bool] = lambda: False,
+        before: str | None = None,
         spare: bool = True,
     ) -> None:
         self._crew, self._order, self._limits = crew, order, limits
         self._failed, self._preempted, self._with_spare = failed, preempted, spare
         self._process = process
         self._spare: RankProcess | None = None
-        self._cause = ""
+        self._cause, self._before = "", before
 
     def run(self) -> Stop | None:
         """Train to the end.
@@ -173,7 +182,8 @@ class Keeper:
             while True:
                 self._make_ready()
                 told = self._crew.gather(generation, self._cause, self._limits.collective + START_S)
-                after = "; ".join(filter(None, told)) or ("the connection was lost" if generation else None)
+                causes = [cause for cause in told if cause]
+                after = "; ".join(causes) or ("the connection was lost" if generation else self._before)
                 self._cause = ""
                 self._process.join(generation=generation, after=after, **self._order)
                 end = self._watch(generation)
@@ -201,10 +211,10 @@ class Keeper:
             )
 
     def _watch(self, generation: int) -> Stop | None:
-        process, crew, who = self._process, self._crew, f"rank {self._crew.rank} (process {self._process.pid})"
+        process, crew = self._process, self._crew
         begun, ended, warned = process.step, None, False
         while crew.over(generation) is None:
-            for message in process.hear(POLL_S):
+            for message in self._heard():
                 match message["said"]:
                     case "ended":
                         ended = Stop(message["stop"])
@@ -214,14 +224,11 @@ class Keeper:
                     case "failed":
                         self._failed(message["type"], message["message"])
                         crew.end(generation, failed=True)
-                    case "crashed":
-                        self._cause = f"{who} crashed ({message['why']})"
             if not process.alive:
-                self._cause = self._cause or f"{who} ended with {process.how_it_ended()}"
+                self._cause = self._cause or f"{self._who} ended with {process.how_it_ended()}"
                 crew.end(generation)
             elif process.silent > self._limits.silence:
-                self._cause = f"{who} was silent for {process.silent:.1f} s"
-                process.kill()
+                self._lose(f"was silent for {process.silent:.1f} s")
                 crew.end(generation)
             elif self._with_spare and self._spare is None and process.step > begun >= 0:
                 self._spare = RankProcess()  # after a first step, to which it would have been in the way
@@ -235,14 +242,26 @@ class Keeper:
 
     def _left(self) -> Stop:
         """Wait until the process has left a group that is over: it finds out as the others close their connections."""
-        process, since = self._process, time.monotonic()
+        process = self._process
         while process.alive and process.member:
-            process.hear(POLL_S)
-            waited = time.monotonic() - since
+            self._heard()
             longest = JOIN_S if process.joining else self._limits.collective + JOIN_S
-            if process.silent > self._limits.silence or waited > longest:
-                self._cause = (
-                    f"rank {self._crew.rank} (process {process.pid}) did not leave its group for {waited:.0f} s"
-                )
-                process.kill()
+            if process.silent > self._limits.silence or process.still > longest:
+                self._lose(f"did not get on for {process.still:.0f} s, nor leave its group")
         return self._LOST
+
+    def _heard(self) -> list[Message]:
+        """What the process says; one that has crashed is not trusted with another group."""
+        news = self._process.hear(POLL_S)
+        for message in news:
+            if message["said"] == "crashed":
+                self._lose(f"crashed ({message['why']})")
+        return news
+
+    def _lose(self, why: str) -> None:
+        self._cause = f"{self._who} {why}"
+        self._process.kill()
+
+    @property
+    def _who(self) -> str:
+        return f"rank {self._crew.rank} (process {self._process.pid})"

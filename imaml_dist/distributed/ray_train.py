@@ -65,6 +65,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
             "config": config.model_dump(by_alias=True) | _absolute(config),
             "run": str(run.path.resolve()),
             "import_path": [os.getcwd()],
+            "starts": len(run.starts()),
         },
         backend_config=Sharing() if cuda else BackendConfig(),
         scaling_config=ScalingConfig(

@@ -19,7 +19,8 @@ def keep_rank(payload: dict[str, Any]) -> int:
     """Keep this worker's rank to the end of the run.
 
     Args:
-        payload: `config` and `run` (its directory), and `import_path` for a user's own modules.
+        payload: `config`, `run` (its directory), `import_path` for a user's own modules, and `starts`, how often the run had been
+            started before this command.
 
     Returns:
         The `Stop`; INTERRUPTED if the run failed, whose error lies in the run directory then.
@@ -74,7 +75,10 @@ def _keep(payload: dict[str, Any], failed: Any) -> Stop | None:
     }
     limits = Limits(config.run.heartbeat_timeout, config.run.collective_timeout)
     crew = connect(host, port, rank, world, None if opened is None else opened[0])
-    return Keeper(process, crew, order, limits, failed, _preempted).run()
+    again = (
+        "a node or a keeper was lost" if len(RunDirectory(Path(payload["run"])).starts()) > payload["starts"] else None
+    )
+    return Keeper(process, crew, order, limits, failed, _preempted, before=again).run()
 
 
 def _preempted() -> bool:

@@ -36,6 +36,9 @@ from imaml_dist.training.writer import RunWriter
 WRITER_WAIT_S = 60.0
 """How long to wait for the workers of a killed driver to be gone: Ray ends them, but not at once."""
 
+TRIES = 4
+"""Losses in a row that are mended although none of them left time for a meta-step."""
+
 COMPUTING = ("seconds_data", "seconds_inner", "seconds_query", "seconds_solve")
 """What a rank does by itself in a meta-step."""
 
@@ -151,6 +154,7 @@ class Worker:
         make sure that all ranks begin alike."""
         rejected: list[str] = []
         warm: str | None = None
+        first_rank_decides(self.group, self._check_getting_on)
         remembered = newest(self.group, self._memory)
         if remembered is not None:
             self.state.restore(remembered.tensors, remembered.facts)
@@ -170,13 +174,33 @@ class Worker:
             # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
             checkpoints.set_aside_after(self.run.checkpoints, self.state.step)
             written = self.state.step if self._record is None else self._record["step"]
+            reached = self._reached()
             metrics_file.rewind(self.run.metrics_file, written)
-            facts = {"step": self.state.step, "world_size": self.group.world, "pids": [int(b[0]) for b in begun]}
+            facts = {
+                "step": self.state.step,
+                "reached": reached,
+                "world_size": self.group.world,
+                "pids": [int(b[0]) for b in begun],
+            }
             facts |= {"from": "memory"} if remembered is not None else {}
             facts |= {"after": self._after} if self._after else {}
             facts |= {"rejected": rejected} if rejected else {}
             facts |= {"warm_start": {"path": self.config.warm_start.path, "sha256": warm}} if warm else {}
             self.run.record_start(facts)
+
+    def _check_getting_on(self) -> int:
+        """Give up where one loss follows another and nothing is achieved between them."""
+        last, reached = self.run.starts()[-TRIES:], self._reached()
+        if self._after and len(last) == TRIES and all(s.get("reached") == reached for s in last):
+            raise TrainingError(
+                f"workers were lost {TRIES} times in a row without another meta-step done after {reached}; the last time "
+                f"{self._after}; see the worker logs, then run the same command again to resume"
+            )
+        return 0
+
+    def _reached(self) -> int:
+        """Meta-steps that the metrics tell of, whether or not a checkpoint holds them."""
+        return max((record["step"] + 1 for record in metrics_file.read(self.run.metrics_file)), default=0)
 
     def _warm_start(self, path: str) -> str:
         """Begin with the model of another run: every rank reads it for itself, and must read what rank 0 reads."""

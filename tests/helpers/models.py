@@ -33,3 +33,20 @@ class OnceOnly(torch.autograd.Function):
         return 2 * ctx.saved_tensors[0] * gradient
 
     generate_vmap_rule = True
+
+
+class _Breaks(nn.Module):
+    """Divides by zero after some calls: a defect of the user's that shows in the middle of a run."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.layer = nn.Sequential(nn.Flatten(), nn.Linear(784, way))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.layer(x) if self.calls <= 10 else 1 / 0
+
+
+def breaks(image_shape, way):
+    return _Breaks(way)

@@ -1,0 +1,173 @@
+"""Real rank processes under keepers, without Ray: killed in every phase, stopped, damaged; the bits stay those of one process."""
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from helpers.crew import Keepers
+from helpers.runs import fingerprint, tiny, train_alone
+
+from imaml_dist.distributed.stop import Stop
+from imaml_dist.training import checkpoints
+from imaml_dist.training.run_directory import RunDirectory
+
+pytestmark = pytest.mark.faults
+
+SABOTAGE = Path(__file__).parents[1] / "helpers" / "sabotage"
+PHASES = ("data", "inner", "solve", "reduce", "update", "checkpoint", "report")
+STEPS = 24
+
+
+def configured(data, *overrides, **run):
+    return tiny(data, *overrides, **{"steps": STEPS, "checkpoint_every": 2, "workers": 2, **run})
+
+
+@pytest.fixture(scope="module")
+def gold(data, tmp_path_factory):
+    """One process, and nothing goes wrong."""
+    return train_alone(configured(data), tmp_path_factory.mktemp("gold") / "run")
+
+
+@pytest.fixture
+def sabotage(monkeypatch, tmp_path):
+    """Sets what rank processes do to themselves: `(rank, step, place, signal)`."""
+
+    def plan(*entries):
+        (tmp_path / "plan.json").write_text(json.dumps(entries))
+        monkeypatch.setenv("SABOTAGE", str(tmp_path / "plan.json"))
+        monkeypatch.syspath_prepend(str(SABOTAGE))
+
+    yield plan
+    sys.modules.pop("sitecustomize", None)
+
+
+def begun(config, path):
+    RunDirectory(path).begin(config)
+    return path
+
+
+def check(path, gold):
+    """The same result, and every step in the metrics once."""
+    assert fingerprint(path) == gold
+    lines = [json.loads(line)["step"] for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert lines == list(range(STEPS))
+
+
+def happened(tmp_path):
+    return len(list(tmp_path.glob("plan.json.*")))
+
+
+@pytest.mark.parametrize(
+    "ranks", [lambda n: (n % 2,), pytest.param(lambda n: (0, 1), marks=pytest.mark.slow)], ids=["in turn", "both"]
+)
+def test_ranks_killed_in_every_phase_change_nothing_and_no_step_is_done_twice(data, gold, tmp_path, sabotage, ranks):
+    faults = [(rank, 1 + 2 * n + rank, phase, signal.SIGKILL) for n, phase in enumerate(PHASES) for rank in ranks(n)]
+    sabotage(*faults)
+    with Keepers(configured(data), begun(configured(data), tmp_path / "run"), 2) as keepers:
+        pass
+    assert keepers.results == [Stop.STEPS, Stop.STEPS], keepers.failures
+    assert happened(tmp_path) == len(faults)
+    check(tmp_path / "run", gold)
+    starts = keepers.run.starts()
+    assert len(starts) == 1 + len(faults)
+    assert [start.get("from") for start in starts] == [None] + ["memory"] * len(faults)
+    assert all("SIGKILL" in start["after"] for start in starts[1:])
+    reached = [start["step"] for start in starts]
+    assert reached == sorted(reached)
+
+
+def killed_at_random(keepers, kills, seed):
+    """Processes of the newest group, each some time after the group began."""
+    choose = random.Random(seed)
+    for n in range(kills):
+        keepers.wait(lambda n=n: len(keepers.run.starts()) > n)
+        time.sleep(choose.uniform(0.0, 1.0))
+        os.kill(choose.choice(keepers.pids()), signal.SIGKILL)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world", [2, 3])
+def test_twenty_kills_at_random_times_change_nothing(data, tmp_path, world):
+    config = configured(data, steps=150, workers=world)
+    gold = train_alone(config, tmp_path / "gold")
+    with Keepers(config, begun(config, tmp_path / "run"), world) as keepers:
+        killed_at_random(keepers, 20, seed=world)
+    assert keepers.results == [Stop.STEPS] * world, keepers.failures
+    assert len(keepers.run.starts()) > 20
+    assert fingerprint(tmp_path / "run") == gold
+
+
+def test_a_stopped_process_is_found_and_replaced(data, gold, tmp_path):
+    config = configured(data)
+    with Keepers(config, begun(config, tmp_path / "run"), 2, silence=2.0) as keepers:
+        keepers.wait_for_step(2)
+        os.kill(keepers.pids()[0], signal.SIGSTOP)
+    check(tmp_path / "run", gold)
+    second = keepers.run.starts()[1]
+    assert "rank 0" in second["after"] and "silent for 2." in second["after"]
+    assert second["from"] == "memory"
+
+
+def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, tmp_path, sabotage):
+    """Its keeper hears it; the others wait for it in vain."""
+    sabotage((1, 3, "inner", 0))
+    config = configured(data)
+    with Keepers(config, begun(config, tmp_path / "run"), 2, collective=3.0) as keepers:
+        pass
+    check(tmp_path / "run", gold)
+    assert "nor leave its group" in keepers.run.starts()[1]["after"]
+
+
+def test_sigterm_has_a_checkpoint_written_at_once(data, tmp_path):
+    config = configured(data, steps=100_000, checkpoint_every=100_000)
+    with Keepers(config, begun(config, tmp_path / "run"), 2) as keepers:
+        run = keepers.run
+        keepers.wait_for_step(2)  # the first validation, and so the first checkpoint, is behind
+        keepers.wait(lambda: checkpoints.steps(run.checkpoints) == [3])
+        os.kill(keepers.pids()[1], signal.SIGTERM)
+        keepers.wait(lambda: checkpoints.steps(run.checkpoints)[-1] > 3)
+        run.request_stop()
+    assert keepers.results == [Stop.INTERRUPTED, Stop.INTERRUPTED]
+    assert len(run.starts()) == 1, "and it trains on"
+    assert checkpoints.load_newest(run.checkpoints) is not None
+
+
+def test_a_process_killed_at_every_write_of_a_checkpoint_loses_no_earlier_one(data, gold, tmp_path, sabotage):
+    """Alone, so that nobody remembers: the next process begins with the newest checkpoint that verifies."""
+    faults = [(0, 3 + 2 * n, f"commit-{n}", signal.SIGKILL) for n in range(8)]
+    sabotage(*faults)
+    config = configured(data, workers=1)
+    with Keepers(config, begun(config, tmp_path / "run"), 1) as keepers:
+        pass
+    assert happened(tmp_path) == len(faults)
+    check(tmp_path / "run", gold)
+    starts = keepers.run.starts()
+    assert [start.get("from") for start in starts] == [None] * len(starts)
+    for killed, start in zip(faults, starts[1:], strict=True):
+        assert killed[1] - 1 <= start["step"] <= killed[1] + 1
+
+
+def test_what_a_user_got_wrong_ends_the_run_on_all_ranks_at_once(data, tmp_path):
+    config = configured(data, "algorithm.inner.lr=1e12")
+    with Keepers(config, begun(config, tmp_path / "run"), 2) as keepers:
+        pass
+    assert keepers.results == [None, None]
+    assert keepers.failures[0][0] == "TrainingError"
+    assert "meta-steps in a row were skipped" in keepers.failures[0][1]
+    assert len(keepers.run.starts()) == 1
+
+
+def test_a_process_that_crashes_again_and_again_ends_the_run_with_its_reason(data, tmp_path):
+    config = configured(data, "model={kind: 'helpers.models:breaks'}")
+    with Keepers(config, begun(config, tmp_path / "run"), 2) as keepers:
+        pass
+    assert keepers.results == [None, None]
+    kind, message = keepers.failures[0]
+    assert kind == "TrainingError"
+    assert "4 times in a row" in message
+    assert "ZeroDivisionError" in message

@@ -1,0 +1,110 @@
+"""Python imports this by itself where its folder is on the path: it makes rank processes end themselves at chosen places.
+
+`SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`; 0 for a signal is to hang.
+Each happens once, in whichever process gets there first.
+A place is a phase of a meta-step, or `commit-N` for the N-th write to disk of a checkpoint.
+"""
+
+import json
+import os
+import sys
+import threading
+from pathlib import Path
+
+PLACES = ("data", "inner", "solve", "reduce", "update", "checkpoint", "report")
+COMMITS = tuple(f"commit-{n}" for n in range(8))
+
+
+def install(plan_file: Path) -> None:
+    from imaml_dist.algorithms import learner
+    from imaml_dist.data.ahead import Ahead
+    from imaml_dist.distributed.group import ProcessGroup
+    from imaml_dist.distributed.worker import Worker
+    from imaml_dist.storage import local
+    from imaml_dist.training import checkpoints, writer
+    from imaml_dist.training.state import MetaState
+
+    plan = [tuple(entry) for entry in json.loads(plan_file.read_text())]
+    workers: list[Worker] = []
+
+    def reach(place: str, step: int | None = None) -> None:
+        if not workers:
+            return
+        worker = workers[-1]
+        here = (worker.group.rank, worker.state.step if step is None else step, place)
+        for entry in plan:
+            if entry[:3] == here:
+                try:
+                    os.close(os.open(f"{plan_file}.{'-'.join(map(str, here))}", os.O_CREAT | os.O_EXCL))
+                except FileExistsError:
+                    continue
+                if entry[3] == 0:  # hang, alive
+                    threading.Event().wait()
+                os.kill(os.getpid(), entry[3])
+
+    def before(owner: object, name: str, place: str, later: bool = False, previous_step: bool = False) -> None:
+        original = getattr(owner, name)
+
+        def sabotaged(*args, **kwargs):
+            step = workers[-1].state.step - 1 if previous_step and workers else None
+            if not later:
+                reach(place, step)
+            result = original(*args, **kwargs)
+            if later:
+                reach(place, step)
+            return result
+
+        setattr(owner, name, sabotaged)
+
+    begin = Worker.__init__
+
+    def noted(self, *args, **kwargs):
+        begin(self, *args, **kwargs)
+        workers.append(self)
+
+    Worker.__init__ = noted
+    before(Ahead, "__next__", "data")
+    lap = learner._Clock.lap
+
+    def lapped(self, phase):
+        reach({"inner": "inner", "query": "solve"}.get(phase, ""))
+        lap(self, phase)
+
+    learner._Clock.lap = lapped
+    before(ProcessGroup, "exchange", "reduce", later=True)
+    before(MetaState, "apply", "update", later=True)
+    # Only rank 0 writes; another rank gets that far at the end of the step.
+    before(Worker, "_end_step", "report", later=True, previous_step=True)
+    before(Worker, "_agree", "checkpoint", later=True, previous_step=True)
+    before(writer.RunWriter, "record", "report", previous_step=True)
+    before(checkpoints, "save", "checkpoint", previous_step=True)
+
+    writes = 0
+    save = checkpoints.save
+
+    def counted_save(*args):
+        nonlocal writes
+        writes = 0
+        return save(*args)
+
+    checkpoints.save = counted_save
+    for owner, name in (
+        (checkpoints, "atomic_write"),
+        (checkpoints, "sync_folder"),
+        (local, "sync_folder"),
+        (os, "fsync"),
+    ):
+        original = getattr(owner, name)
+
+        def counted(*args, original=original):
+            nonlocal writes
+            if threading.current_thread().name == "writer":
+                reach(f"commit-{writes}", workers[-1].state.step - 1)
+                writes += 1
+            return original(*args)
+
+        setattr(owner, name, counted)
+
+
+if "SABOTAGE" in os.environ and "imaml_dist.distributed.rank" in sys.orig_argv:
+    install(Path(os.environ["SABOTAGE"]))
