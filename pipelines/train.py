@@ -157,8 +157,9 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             from imaml_dist.distributed.ray_train import train_on_ray
 
             cuda = config.run.device == "cuda"
-            console.out.print(f"starting {config.run.workers} Ray workers")
-            stack.enter_context(ray_session(config.run.workers * config.run.threads, config.run.workers if cuda else 0))
+            fewest, most = config.run.bounds
+            console.out.print(f"starting {most if fewest == most else f'{fewest} to {most}'} Ray workers")
+            stack.enter_context(ray_session(fewest * config.run.threads, fewest if cuda else 0))
             backend = _Backend(lambda: train_on_ray(config, run))
         else:
             from imaml_dist.distributed.local import train_local

@@ -189,8 +189,8 @@ def _sentence(error: Any, raw: Any) -> str:
         path, given = f"{path}.kind", given.get("kind")
     elif kind == "kind":
         allowed = allowed.replace("should be", "should be a mapping whose kind is")
-    elif kind in ("model_type", "float_type") and (fields := _fields_at(path, None)):
-        number = "a number, or " if kind == "float_type" else ""
+    elif kind in ("model_type", "float_type", "int_type") and (fields := _fields_at(path, None)):
+        number = {"float_type": "a number, or ", "int_type": "an integer, or "}.get(kind, "")
         allowed = f"should be {number}a mapping of {', '.join(fields)}"
     shown = "null" if given is None else repr(given)
     return f"{path}: {shown[:80]} given, {allowed}"

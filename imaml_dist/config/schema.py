@@ -177,6 +177,19 @@ class WarmStartConfig(Section):
         return self
 
 
+class WorkersConfig(Section):
+    """Between how many workers a run may go on with, as nodes come and go."""
+
+    min: int = Field(ge=1, le=1 << 16)
+    max: int = Field(ge=1, le=1 << 16)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> WorkersConfig:
+        if self.min > self.max:
+            raise ValueError(f"run.workers: min {self.min} given with max {self.max}; min is at most max")
+        return self
+
+
 class RunConfig(Section):
     """How long, on what, and in which pieces."""
 
@@ -187,7 +200,11 @@ class RunConfig(Section):
     tasks_per_step: int = Field(16, ge=1, le=1 << 20)
     chunk: int = Field(4, ge=1)
     """Tasks per unit of work; divides `tasks_per_step`."""
-    workers: int = Field(2, ge=1, le=1 << 16)
+    workers: Annotated[
+        Annotated[int, Field(ge=1, le=1 << 16), Tag("number")] | Annotated[WorkersConfig, Tag("section")],
+        Discriminator(lambda given: "section" if isinstance(given, dict | WorkersConfig) else "number"),
+    ] = 2
+    """A number, or `{min, max}`: then a lost node is gone on without, and a new one made use of."""
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads per worker."""
     execution: Literal["auto", "native", "vmap", "loop"] = "auto"
@@ -215,6 +232,11 @@ class RunConfig(Section):
     """Seconds that a worker waits for the others; longer than the slowest one is behind the fastest in a meta-step."""
     reduction: Literal["exact", "fast"] = "exact"
     """`exact`: the same bits for any number of workers. `fast`: one plain all-reduce."""
+
+    @property
+    def bounds(self) -> tuple[int, int]:
+        """The fewest and the most workers."""
+        return (self.workers, self.workers) if isinstance(self.workers, int) else (self.workers.min, self.workers.max)
 
 
 class ValidateConfig(Section):

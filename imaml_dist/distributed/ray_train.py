@@ -22,6 +22,9 @@ from imaml_dist.storage.opening import S3
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
+RESIZE_S = 60.0
+"""Between two looks for nodes that have come, each of which starts all workers again from the newest checkpoint."""
+
 GROUP_START_S = 30
 """For Ray to find room for all workers; where fewer will do, it then goes on with those that have come."""
 
@@ -57,6 +60,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
     class Sharing(BackendConfig):  # type: ignore[misc]
         backend_cls = SharedGpus
 
+    fewest, most = config.run.bounds
     cuda = config.run.device == "cuda"
     scratch = run.ray_scratch.resolve()
     trainer = DataParallelTrainer(
@@ -69,7 +73,8 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         },
         backend_config=Sharing() if cuda else BackendConfig(),
         scaling_config=ScalingConfig(
-            num_workers=config.run.workers,
+            num_workers=fewest if fewest == most else (fewest, most),
+            elastic_resize_monitor_interval_s=RESIZE_S,
             use_gpu=cuda,
             resources_per_worker={"CPU": config.run.threads, **({"GPU": 1} if cuda else {})},
         ),

@@ -8,6 +8,7 @@ import time
 import psutil
 import pytest
 from helpers.command import Command, imaml, wait_for_step
+from helpers.ray_cluster import ray_cluster
 from helpers.runs import fingerprint, tiny, train_alone, write_config
 
 pytestmark = pytest.mark.faults
@@ -123,3 +124,18 @@ def test_what_rank_0_found_out_reaches_the_user_whichever_rank_reports_last(conf
     assert code == 2, output
     assert "no checkpoint in" in output
     assert "start over with --fresh" in output
+
+
+@pytest.mark.slow
+def test_a_lost_node_is_gone_on_without(data, gold, tmp_path):
+    """Two nodes with a worker each; the run may go on with one."""
+    config = write_config(tmp_path / "tiny.yaml", data, **RUN | {"workers": {"min": 1, "max": 2}})
+    with ray_cluster(nodes=2) as cluster, Command(*train(config), cwd=tmp_path, **cluster.env) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, command)
+        cluster.order("lose")
+        assert command.wait() == 0, command.output
+    summary, found = result(config)
+    assert found == gold
+    starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
+    assert [start["world_size"] for start in starts] == [2, 1]
+    assert summary["world_size"] == 1

@@ -1,0 +1,78 @@
+"""A Ray cluster of several nodes on one machine, in a process of its own so that tests need no Ray themselves.
+
+Each word on its standard input is an order: `add` or `lose` (a node with one CPU); each is answered with a line.
+"""
+
+import os
+import secrets
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+class RayCluster:
+    """`env` is what a command needs to reach it."""
+
+    def __init__(self, process: subprocess.Popen, env: dict[str, str]) -> None:
+        self._process, self.env = process, env
+
+    def order(self, word: str) -> str:
+        self._process.stdin.write(word + "\n")
+        self._process.stdin.flush()
+        return self._process.stdout.readline().strip()
+
+
+@contextmanager
+def ray_cluster(nodes: int) -> Iterator[RayCluster]:
+    """A head without CPUs and so many nodes with one each; all of it is gone after the block."""
+    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    # A lost node is noticed sooner than after a minute.
+    env |= {
+        "RAY_health_check_period_ms": "1000",
+        "RAY_health_check_timeout_ms": "2000",
+        "RAY_health_check_failure_threshold": "3",
+    }
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+    process = subprocess.Popen(
+        [sys.executable, __file__],
+        env={**clean, "PYTHONPATH": str(ROOT), **env},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        cluster = RayCluster(process, env)
+        env["RAY_ADDRESS"] = cluster.order("address")
+        for _ in range(nodes):
+            cluster.order("add")
+        yield cluster
+    finally:
+        process.stdin.close()
+        process.wait(60)
+
+
+def _serve() -> None:
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
+    )
+    nodes = []
+    for line in sys.stdin:
+        match line.strip():
+            case "add":
+                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
+                cluster.wait_for_nodes()
+            case "lose":
+                cluster.remove_node(nodes.pop(), allow_graceful=False)
+        print(cluster.address, flush=True)
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    _serve()
