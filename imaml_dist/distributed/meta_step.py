@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -30,10 +30,19 @@ class MetaStep:
         learner: with the parameters that `state` steps.
         state: the meta-state.
         group: the workers.
+        before_update: called in each step when the sum is there and nothing has been made of it.
     """
 
-    def __init__(self, config: ExperimentConfig, learner: MetaLearner, state: MetaState, group: Group) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        learner: MetaLearner,
+        state: MetaState,
+        group: Group,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config, self._learner, self._state, self._group = config, learner, state, group
+        self._before_update = before_update
         self._chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
         self._mine = [self._chunks[n] for n in dealt_to(group.rank, group.world, len(self._chunks))]
 
@@ -76,6 +85,7 @@ class MetaStep:
         seconds["reduce"] = time.perf_counter() - reduce
 
         outer = time.perf_counter()
+        self._before_update()
         rate = learning_rate(self._config.outer, self._state.updates, self._config.run.steps)
         norm = self._apply(total, tasks, rate)
         self._state.ledger.commit(step, [int(code) for code in tasks.outcome.tolist()])

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 
 import torch
 
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.philox import SPEC_VERSION
+from imaml_dist.distributed.agreement import Course, checksum, first_to_leave, minority
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, read_ahead
 from imaml_dist.distributed.group import Group, first_rank_decides
 from imaml_dist.distributed.memory import Memory, newest
@@ -22,7 +24,7 @@ from imaml_dist.distributed.meta_step import MetaStep
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.traffic import Traffic
-from imaml_dist.errors import CheckpointError, StorageError, TrainingError
+from imaml_dist.errors import CheckpointError, DisagreementError, StorageError, TrainingError
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints, warm_start
@@ -75,9 +77,13 @@ class Worker:
         drawn_from = {"dataset": self.dataset.index.fingerprint, "drawing rules": SPEC_VERSION}
         self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from)
         self.save_now = False
-        self._meta = MetaStep(config, self.learner, self.state, group)
+        self._meta = MetaStep(config, self.learner, self.state, group, self._note_course)
         self._memory, self._after = memory, after
         self._record: metrics_file.Record | None = None
+        self._course = Course(0)
+        self._agreed: Memory | None = None
+        self._disagreed = False
+        self._doubted = None if memory is None else memory.doubted
         self._begun = False
         self._saved = time.monotonic()
         self._traffic = Traffic(self.dataset.cached)
@@ -110,13 +116,17 @@ class Worker:
         return stop
 
     def memory(self) -> Memory | None:
-        """What this process knows of the run, now that its group is lost."""
+        """What this process knows of the run, now that its group is lost: what all had agreed on, if they do not any more."""
         if not self._begun:
             return self._memory
-        return Memory(self.state.tensors(), self.state.facts(), self._record)
+        return self._agreed if self._disagreed else self._as_memory()
+
+    def _as_memory(self) -> Memory:
+        return Memory(self.state.tensors(), self.state.facts(), self._record, self._doubted)
 
     def _train(self) -> Stop:
         self._resume()
+        self._begin_course()
         self._begun = True
         pen = RunWriter(self.run, self.config.run.keep) if self.group.rank == 0 else None
         try:
@@ -147,6 +157,8 @@ class Worker:
             stop = Stop.PLATEAU if stop is Stop.NOT_YET and self._on_plateau() else stop
         if pen is not None:
             self._write(record, stop, pen)
+        if self._course.sums and self._is_compared:
+            self._begin_course()
         return stop
 
     def _resume(self) -> None:
@@ -242,15 +254,66 @@ class Worker:
         A request of any rank to save now becomes one of all.
         """
         computing = sum(record.get(phase, 0.0) for phase in COMPUTING)
-        said = [int(self._should_stop()), self.save_now, computing, *self._traffic.since_last()]
+        own = 0
+        if self._is_compared and self._course.sums:
+            self._note_course()
+            own = self._course.fold()
+        said = [int(self._should_stop()), self.save_now, computing, own >> 32, own % 2**32, *self._traffic.since_last()]
         rows = [row.tolist() for row in self.group.gather(torch.tensor(said, dtype=torch.float64))]
+        self._compare([(int(row[3]) << 32) + int(row[4]) for row in rows])
         self.save_now = any(row[1] for row in rows)
         times = [row[2] for row in rows]
-        record |= self._traffic.summed([row[3:] for row in rows])
+        record |= self._traffic.summed([row[5:] for row in rows])
         if self.group.world > 1:
             slowest = times.index(max(times))
             record |= {"seconds_fastest_rank": min(times), "seconds_slowest_rank": max(times), "slowest_rank": slowest}
         return Stop(int(max(row[0] for row in rows)))
+
+    @property
+    def _is_compared(self) -> bool:
+        """Whether all ranks compare their states now: also before what they write is the run's result."""
+        run, step = self.config.run, self.state.step
+        return step % run.compare_every == 0 or step % run.checkpoint_every == 0 or step >= run.steps
+
+    def _note_course(self) -> None:
+        self._course.sums.append(checksum(self.state.living_tensors()))
+
+    def _begin_course(self) -> None:
+        """All agree on this state."""
+        self._course, self._agreed = Course(self.state.step), self._as_memory()
+
+    def _compare(self, sums: list[int]) -> None:
+        """See that all ranks hold the same state, and find out who was at fault if they had not, and have gone this way again.
+
+        Raises:
+            DisagreementError: they do not, or this rank or another one was at fault.
+            TrainingError: they do not once more.
+        """
+        step, rank = self.state.step, self.group.rank
+        if len(set(sums)) > 1:
+            if self._doubted is not None:
+                raise TrainingError(
+                    f"the workers hold different parameters at step {step}, and did so the first time that they came from step "
+                    f"{self._course.step}; they do not run on one kind of machine, or one of the machines is broken"
+                )
+            assert self._agreed is not None
+            faulty = minority(sums)
+            # Its line of metrics is written: rank 0 has come this far since.
+            self._agreed = replace(self._agreed, record=None, doubted=self._course if faulty is None else None)
+            self._disagreed = True
+            who = "the workers'" if faulty is None else f"rank {', '.join(map(str, faulty))}'s"
+            raise DisagreementError(
+                f"{who} parameters differ at step {step}; all go back to step {self._course.step}",
+                rank in (faulty or ()),
+            )
+        if self._doubted is not None and len(self._course.sums) >= len(self._doubted.sums):
+            left, self._doubted = self._doubted.left_at(self._course), None
+            steps = [int(row) for row in self.group.gather(torch.tensor(-1 if left is None else left))]
+            faulty = first_to_leave([None if found < 0 else found for found in steps])
+            if 0 < len(faulty) < self.group.world:
+                raise DisagreementError(
+                    f"rank {faulty[0]}'s parameters went wrong in step {min(steps)}", rank in faulty
+                )
 
     def _observed_step(self) -> metrics_file.Record:
         """A meta-step, watched by rank 0 if that was asked for."""

@@ -25,6 +25,7 @@ RESUMABLE = (
     "run.keep",
     "run.give_up_after",
     "run.profile",
+    "run.compare_every",
     "run.heartbeat_timeout",
     "run.collective_timeout",
     "validate.every",

@@ -19,6 +19,7 @@ from imaml_dist.training.run_directory import RunDirectory
 pytestmark = pytest.mark.faults
 
 SABOTAGE = Path(__file__).parents[1] / "helpers" / "sabotage"
+HANG, FLIP = 0, -1
 PHASES = ("data", "inner", "solve", "reduce", "update", "checkpoint", "report")
 STEPS = 24
 
@@ -115,12 +116,34 @@ def test_a_stopped_process_is_found_and_replaced(data, gold, tmp_path):
 
 def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, tmp_path, sabotage):
     """Its keeper hears it; the others wait for it in vain."""
-    sabotage((1, 3, "inner", 0))
+    sabotage((1, 3, "inner", HANG))
     config = configured(data)
     with Keepers(config, begun(config, tmp_path / "run"), 2, collective=3.0) as keepers:
         pass
     check(tmp_path / "run", gold)
     assert "nor leave its group" in keepers.run.starts()[1]["after"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("place", ["data", pytest.param("report", marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_found_its_rank_named_and_replaced_and_the_steps_done_again(
+    data, gold, tmp_path, sabotage, world, place
+):
+    """Two ranks cannot tell by a vote; it shows when the steps have been taken again. One flip is before, one after an update."""
+    sabotage((1, 9, place, FLIP))
+    config = configured(data, workers=world, compare_every=6, checkpoint_every=12)
+    with Keepers(config, begun(config, tmp_path / "run"), world) as keepers:
+        pass
+    assert keepers.results == [Stop.STEPS] * world, keepers.failures
+    check(tmp_path / "run", gold)
+    starts = keepers.run.starts()
+    print(*starts, sep="\n")
+    reasons = [start["after"] for start in starts[1:]]
+    assert "differ at step 12; all go back to step 6" in reasons[0]
+    assert starts[1]["step"] == 6
+    assert "rank 1" in reasons[-1]
+    before, after = starts[0]["pids"], starts[-1]["pids"]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [rank == 1 for rank in range(world)]
 
 
 def test_sigterm_has_a_checkpoint_written_at_once(data, tmp_path):

@@ -1,6 +1,6 @@
 """Python imports this by itself where its folder is on the path: it makes rank processes end themselves at chosen places.
 
-`SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`; 0 for a signal is to hang.
+`SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`, a signal being FLIP and HANG, too.
 Each happens once, in whichever process gets there first.
 A place is a phase of a meta-step, or `commit-N` for the N-th write to disk of a checkpoint.
 """
@@ -11,11 +11,13 @@ import sys
 import threading
 from pathlib import Path
 
-PLACES = ("data", "inner", "solve", "reduce", "update", "checkpoint", "report")
-COMMITS = tuple(f"commit-{n}" for n in range(8))
+HANG, FLIP = 0, -1
+"""To do nothing any more, but give signs of life; to have the last bit of a parameter flipped, and go on."""
 
 
 def install(plan_file: Path) -> None:
+    import torch
+
     from imaml_dist.algorithms import learner
     from imaml_dist.data.ahead import Ahead
     from imaml_dist.distributed.group import ProcessGroup
@@ -38,8 +40,12 @@ def install(plan_file: Path) -> None:
                     os.close(os.open(f"{plan_file}.{'-'.join(map(str, here))}", os.O_CREAT | os.O_EXCL))
                 except FileExistsError:
                     continue
-                if entry[3] == 0:  # hang, alive
+                if entry[3] == HANG:
                     threading.Event().wait()
+                if entry[3] == FLIP:
+                    weight = next(worker.learner.model.parameters()).data.view(-1)
+                    weight[:1] = (weight[:1].view(torch.int32) ^ 1).view(torch.float32)
+                    continue
                 os.kill(os.getpid(), entry[3])
 
     def before(owner: object, name: str, place: str, later: bool = False, previous_step: bool = False) -> None:
