@@ -39,19 +39,16 @@ def test_it_is_the_formula_in_parts_of_any_size(monkeypatch, at_once):
 
 
 def test_every_flipped_bit_and_every_exchange_of_two_numbers_is_seen():
-    seen = {checksum(tensors())}
-    count = 0
+    whole = checksum(tensors())
     for number, tensor in enumerate(tensors()):
         for bit in range(8 * tensor.numel() * tensor.element_size() if tensor.dtype != torch.bool else 0):
             changed = tensors()
             data = changed[number].reshape(-1).view(torch.uint8)
             data[bit // 8] ^= 1 << bit % 8
-            seen.add(checksum(changed))
-            count += 1
-    assert len(seen) == count + 1
+            assert checksum(changed) != whole
     exchanged = tensors()
     exchanged[0][0, 0], exchanged[0][4, 2] = exchanged[0][4, 2].clone(), exchanged[0][0, 0].clone()
-    assert checksum(exchanged) not in seen
+    assert checksum(exchanged) != whole
 
 
 def test_nothing_and_negative_zero():
