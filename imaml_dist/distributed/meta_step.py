@@ -15,7 +15,7 @@ from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.group import Group
-from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
 from imaml_dist.tasks.episode import EpisodeBatch
 from imaml_dist.tracking.metrics_file import Record
 from imaml_dist.training.outer import clip_norm, is_usable, learning_rate
@@ -70,7 +70,9 @@ class MetaStep:
         """
         clock = time.perf_counter()
         seconds = {"data": 0.0, "inner": 0.0, "query": 0.0, "solve": 0.0}
-        gradients, rows = [], []
+        sums = ExactSum if self._config.run.reduction == "exact" else FastSum
+        size = self._state.parameters.layout.size
+        total, rows = sums(self._group, len(self._chunks), self._empty(), size), []
         for _ in self._mine:
             fetch = time.perf_counter()
             batch = next(episodes).to(self._config.run.device)
@@ -78,16 +80,16 @@ class MetaStep:
             out = self._learner.task_gradients(batch)
             for phase, spent in out.seconds.items():
                 seconds[phase] += spent
-            gradients.append(tree_sum(out.rows))
+            total.add(tree_sum(out.rows))
             rows.append(out.tasks.to_rows())
         reduce = time.perf_counter()
-        total, tasks = self._reduced(gradients, rows)
+        gradient, tasks = total.finish(), self._tasks(rows)
         seconds["reduce"] = time.perf_counter() - reduce
 
         outer = time.perf_counter()
         self._before_update()
         rate = learning_rate(self._config.outer, self._state.updates, self._config.run.steps)
-        norm = self._apply(total, tasks, rate)
+        norm = self._apply(gradient, tasks, rate)
         self._state.ledger.commit(step, [int(code) for code in tasks.outcome.tolist()])
         seconds["outer"] = time.perf_counter() - outer
         elapsed = time.perf_counter() - clock
@@ -106,19 +108,15 @@ class MetaStep:
             "world_size": self._group.world,
         }
 
-    def _reduced(self, gradients: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, TaskRecord]:
-        """The sum over all tasks of the step, and what became of each."""
-        size, run = self._state.parameters.layout.size, self._config.run
-        dtype = next(self._learner.model.parameters()).dtype
-        mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=run.device, dtype=dtype)
-        facts = (
-            torch.stack(rows)
-            if rows
-            else torch.zeros(0, run.chunk, len(TaskRecord.names()), device=run.device).double()
-        )
-        count = len(self._chunks)
-        total = exact_sum(self._group, mine, count) if run.reduction == "exact" else fast_sum(self._group, mine)
-        return total, TaskRecord.from_rows(gather_chunks(self._group, facts, count).flatten(0, 1).cpu())
+    def _empty(self) -> Tensor:
+        """Of the type and the device of gradients."""
+        return torch.empty(0, device=self._config.run.device, dtype=next(self._learner.model.parameters()).dtype)
+
+    def _tasks(self, rows: list[Tensor]) -> TaskRecord:
+        """What became of every task of the step."""
+        shape = (self._config.run.chunk, len(TaskRecord.names()))
+        mine = torch.stack(rows) if rows else self._empty().double().new_zeros(0, *shape)
+        return TaskRecord.from_rows(gather_chunks(self._group, mine, len(self._chunks)).flatten(0, 1).cpu())
 
     def _apply(self, total: Tensor, tasks: TaskRecord, rate: float) -> float:
         """Step with the mean gradient of the accepted tasks, or skip the step: every rank decides alike, from equal facts."""

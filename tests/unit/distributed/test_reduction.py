@@ -8,7 +8,7 @@ from helpers.gloo import run_group
 
 from imaml_dist.distributed.chunks import chunks_of, dealt_to
 from imaml_dist.distributed.group import Alone, ProcessGroup
-from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, join, own_nodes, tree_sum
+from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, join, own_nodes, tree_sum
 
 CHUNKS, SIZE = 7, 1001
 
@@ -18,13 +18,20 @@ def _rows() -> torch.Tensor:
     return torch.randn(CHUNKS, SIZE, generator=generator) * torch.logspace(-4, 4, CHUNKS)[:, None]
 
 
+def summed(how, group, mine, chunks):
+    total = how(group, chunks, mine.new_empty(0), mine.shape[1])
+    for row in mine:
+        total.add(row)
+    return total.finish()
+
+
 def _reduce_in_a_group() -> tuple:
     group = ProcessGroup()
     dealt = dealt_to(group.rank, group.world, CHUNKS)
     mine = _rows()[dealt.start : dealt.stop]
     return (
-        exact_sum(group, mine, CHUNKS).tolist(),
-        fast_sum(group, mine).tolist(),
+        summed(ExactSum, group, mine, CHUNKS).tolist(),
+        summed(FastSum, group, mine, CHUNKS).tolist(),
         gather_chunks(group, mine, CHUNKS).tolist(),
     )
 
@@ -35,7 +42,7 @@ def by_world():
 
 
 def test_exact_sum_has_the_same_bits_on_every_rank_and_number_of_ranks(by_world):
-    expected = exact_sum(Alone(), _rows(), CHUNKS).tolist()
+    expected = summed(ExactSum, Alone(), _rows(), CHUNKS).tolist()
     for world, ranks in by_world.items():
         for rank, (exact, _, gathered) in enumerate(ranks):
             assert exact == expected, f"rank {rank} of {world}"
@@ -104,3 +111,53 @@ def test_every_chunk_is_dealt_once_and_evenly(world, chunks):
 def test_chunks_cover_the_tasks_whatever_the_remainder():
     assert chunks_of(10, 4) == [range(4), range(4, 8), range(8, 10)]
     assert chunks_of(8, 4) == [range(4), range(4, 8)]
+
+
+class Together:
+    """All ranks of a group in one process: exchanges are noted, and done when all have been begun."""
+
+    def __init__(self, world):
+        self.world, self.sent = world, [[] for _ in range(world)]
+
+    def member(self, rank):
+        return _Member(self, rank)
+
+
+class _Member:
+    def __init__(self, all_ranks, rank):
+        self.all, self.rank, self.world = all_ranks, rank, all_ranks.world
+
+    def exchange(self, mine, counts):
+        number = len(self.all.sent[self.rank])
+        self.all.sent[self.rank].append(mine)
+        assert mine.shape[1] == counts[self.rank]
+        return lambda: torch.cat([rank[number][self.rank] for rank in self.all.sent])
+
+    def gather(self, mine):
+        raise _Segment(mine)
+
+
+class _Segment(Exception):
+    """What a rank would give to the others."""
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("chunks", range(1, 18))
+def test_rows_given_one_by_one_make_the_bits_of_the_tree_and_travel_as_soon_as_they_can(world, chunks):
+    rows = torch.randn(chunks, 2 * world, generator=torch.Generator().manual_seed(chunks))
+    together = Together(world)
+    sums = [ExactSum(together.member(rank), chunks, rows.new_empty(0), 2 * world) for rank in range(world)]
+    for rank, total in enumerate(sums):
+        for number in dealt_to(rank, world, chunks):
+            total.add(rows[number])
+        assert len(together.sent[rank]) == len(own_nodes(dealt_to(rank, world, chunks), chunks)), "none waits"
+    most = max(map(len, together.sent))
+    for rank in range(world):
+        while len(together.sent[rank]) < most:
+            sums[rank]._send(None)
+    found = []
+    for total in sums:
+        with pytest.raises(_Segment) as segment:
+            total.finish()
+        found.append(segment.value.args[0])
+    assert torch.equal(torch.cat(found), tree_sum(rows))
