@@ -23,7 +23,7 @@ import torch.multiprocessing as mp
 from meta_gradient import facts
 from torch import Tensor
 
-from imaml_dist.distributed.chunks import dealt_to
+from imaml_dist.distributed.chunks import dealt_to, even_deal
 from imaml_dist.distributed.group import ProcessGroup
 from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
 from imaml_dist.kernels.memory import keep_freed_memory
@@ -34,7 +34,7 @@ CHUNKS = (4, 6, 8)
 
 def summed(how: type[ExactSum | FastSum], group: ProcessGroup, mine: Tensor, chunks: int) -> Tensor:
     """As a meta-step does, but with all rows at once, so that nothing is hidden."""
-    total = how(group, chunks, mine.new_empty(0), mine.shape[1])
+    total = how(group, even_deal(group.world, chunks), mine.new_empty(0), mine.shape[1])
     for row in mine:
         total.add(row)
     return total.finish()
@@ -42,7 +42,7 @@ def summed(how: type[ExactSum | FastSum], group: ProcessGroup, mine: Tensor, chu
 
 def gathered(group: ProcessGroup, mine: Tensor, chunks: int) -> Tensor:
     """All rows everywhere, added everywhere alike."""
-    return tree_sum(gather_chunks(group, mine, chunks))
+    return tree_sum(gather_chunks(group, mine, even_deal(group.world, chunks)))
 
 
 def process(rank: int, world: int, rendezvous: str, repeats: int, out: Any) -> None:

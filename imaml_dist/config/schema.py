@@ -232,6 +232,8 @@ class RunConfig(Section):
     """Seconds without a sign of life after which a worker's process is replaced; it gives two a second."""
     collective_timeout: float = Field(120.0, gt=0)
     """Seconds that a worker waits for the others; longer than the slowest one is behind the fastest in a meta-step."""
+    deal: Literal["speed", "even"] = "speed"
+    """Chunks for each worker: more for faster ones, looked at whenever states are compared, or as even as can be."""
     reduction: Literal["exact", "fast"] = "exact"
     """`exact`: the same bits for any number of workers. `fast`: one plain all-reduce."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.chunks import Deal, chunks_of
 from imaml_dist.distributed.group import Group
 from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
+from imaml_dist.distributed.speeds import Speeds
 from imaml_dist.tasks.episode import EpisodeBatch
 from imaml_dist.tracking.metrics_file import Record
 from imaml_dist.training.outer import clip_norm, is_usable, learning_rate
@@ -44,7 +45,25 @@ class MetaStep:
         self._config, self._learner, self._state, self._group = config, learner, state, group
         self._before_update = before_update
         self._chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
-        self._mine = [self._chunks[n] for n in dealt_to(group.rank, group.world, len(self._chunks))]
+        self._speeds = Speeds(group.world, len(self._chunks))
+
+    @property
+    def deal(self) -> Deal:
+        """Which rank computes which chunks, for now."""
+        return self._speeds.deal
+
+    def took(self, seconds: Sequence[float]) -> None:
+        """How long every rank has computed in the last meta-step."""
+        self._speeds.took(seconds)
+
+    def deal_anew(self) -> None:
+        """Give faster ranks more to do, if that pays; every rank decides alike, from equal times."""
+        if self._config.run.deal == "speed":
+            self._speeds.deal_anew()
+
+    @property
+    def _mine(self) -> list[range]:
+        return [self._chunks[n] for n in self.deal[self._group.rank]]
 
     @property
     def tasks(self) -> int:
@@ -52,8 +71,9 @@ class MetaStep:
         return sum(len(chunk) for chunk in self._mine)
 
     def requests(self) -> Iterator[tuple[int, range]]:
-        """The (step, tasks) that this rank computes from the state's step on, in order."""
-        return ((step, chunk) for step in range(self._state.step, self._config.run.steps) for chunk in self._mine)
+        """The (step, tasks) that this rank computes from the state's step on, in order, as long as the deal stays."""
+        mine = self._mine
+        return ((step, chunk) for step in range(self._state.step, self._config.run.steps) for chunk in mine)
 
     def take(self, step: int, episodes: Iterator[EpisodeBatch]) -> Record:
         """Compute, reduce and apply.
@@ -72,7 +92,7 @@ class MetaStep:
         seconds = {"data": 0.0, "inner": 0.0, "query": 0.0, "solve": 0.0}
         sums = ExactSum if self._config.run.reduction == "exact" else FastSum
         size = self._state.parameters.layout.size
-        total, rows = sums(self._group, len(self._chunks), self._empty(), size), []
+        total, rows = sums(self._group, self.deal, self._empty(), size), []
         for _ in self._mine:
             fetch = time.perf_counter()
             batch = next(episodes).to(self._config.run.device)
@@ -106,6 +126,8 @@ class MetaStep:
             "seconds_step": elapsed,
             **{f"seconds_{phase}": value for phase, value in seconds.items()},
             "world_size": self._group.world,
+            "chunks_fewest": min(map(len, self.deal)),
+            "chunks_most": max(map(len, self.deal)),
         }
 
     def _empty(self) -> Tensor:
@@ -116,7 +138,7 @@ class MetaStep:
         """What became of every task of the step."""
         shape = (self._config.run.chunk, len(TaskRecord.names()))
         mine = torch.stack(rows) if rows else self._empty().double().new_zeros(0, *shape)
-        return TaskRecord.from_rows(gather_chunks(self._group, mine, len(self._chunks)).flatten(0, 1).cpu())
+        return TaskRecord.from_rows(gather_chunks(self._group, mine, self.deal).flatten(0, 1).cpu())
 
     def _apply(self, total: Tensor, tasks: TaskRecord, rate: float) -> float:
         """Step with the mean gradient of the accepted tasks, or skip the step: every rank decides alike, from equal facts."""

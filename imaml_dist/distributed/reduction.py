@@ -20,7 +20,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from imaml_dist.distributed.chunks import dealt_to
+from imaml_dist.distributed.chunks import Deal
 from imaml_dist.distributed.group import Group
 
 
@@ -37,18 +37,18 @@ def tree_sum(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-def gather_chunks(group: Group, mine: Tensor, chunks: int) -> Tensor:
+def gather_chunks(group: Group, mine: Tensor, deal: Deal) -> Tensor:
     """One row per chunk from all ranks, in order of chunks.
 
     Args:
         group: the workers.
         mine: `[c, ...]`, a row for each chunk dealt to this rank; c may be 0.
-        chunks: number of chunks of the step.
+        deal: which rank holds which chunks.
 
     Returns:
         `[chunks, ...]`, the same on every rank.
     """
-    counts = [len(dealt_to(rank, group.world, chunks)) for rank in range(group.world)]
+    counts = [len(held) for held in deal]
     padded = torch.zeros(max(counts), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
     padded[: mine.shape[0]] = mine
     return torch.cat([part[:count] for part, count in zip(group.gather(padded), counts, strict=True)])
@@ -99,14 +99,14 @@ class ExactSum:
 
     Args:
         group: the workers.
-        chunks: number of chunks of the step, >= 1.
+        deal: which rank holds which chunks of the step.
         like: an empty tensor of the rows' type and device.
         size: P.
     """
 
-    def __init__(self, group: Group, chunks: int, like: Tensor, size: int) -> None:
-        self._group, self._chunks, self._like, self._size = group, chunks, like, size
-        self._nodes = [own_nodes(dealt_to(rank, group.world, chunks), chunks) for rank in range(group.world)]
+    def __init__(self, group: Group, deal: Deal, like: Tensor, size: int) -> None:
+        self._group, self._chunks, self._like, self._size = group, deal[-1].stop, like, size
+        self._nodes = [own_nodes(held, self._chunks) for held in deal]
         self._segment = -(-size // group.world)
         self._counter: list[tuple[int, Tensor]] = []
         self._given = 0
@@ -159,7 +159,7 @@ class ExactSum:
 class FastSum:
     """Sum over all chunks by one all-reduce; its last bits depend on the number of workers. Arguments as for `ExactSum`."""
 
-    def __init__(self, group: Group, chunks: int, like: Tensor, size: int) -> None:
+    def __init__(self, group: Group, deal: Deal, like: Tensor, size: int) -> None:
         self._group, self._total = group, like.new_zeros(size)
 
     def add(self, row: Tensor) -> None:

@@ -124,8 +124,7 @@ class Worker:
         self._comparison = Comparison(self.config.run, self.group.rank, self.state, self._as_memory, doubted)
         pen = RunWriter(self.run, self.config.run.keep) if self.group.rank == 0 else None
         try:
-            with read_ahead(self.config, self.train_source, self._meta.requests()) as self._episodes:
-                stop = self._steps(pen)
+            stop = self._steps(pen)
             first_rank_decides(self.group, lambda: _closed(pen))
         finally:
             with suppress(StorageError):  # has been told, or there is something worse to tell
@@ -137,10 +136,13 @@ class Worker:
         # The last step of a lost group is ended again: who knows how far its writer had come.
         stop = self._agree({}) if self._record is None else self._end_step(self._record, pen)
         while stop is Stop.NOT_YET:
-            self._record = self._observed_step()
-            not_stuck(self.config.run, self.run, self.state)
-            self.state.seconds = earlier + time.monotonic() - began
-            stop = self._end_step(self._record, pen)
+            deal = self._meta.deal
+            with read_ahead(self.config, self.train_source, self._meta.requests()) as self._episodes:
+                while stop is Stop.NOT_YET and self._meta.deal is deal:
+                    self._record = self._observed_step()
+                    not_stuck(self.config.run, self.run, self.state)
+                    self.state.seconds = earlier + time.monotonic() - began
+                    stop = self._end_step(self._record, pen)
         return stop
 
     def _end_step(self, record: metrics_file.Record, pen: RunWriter | None) -> Stop:
@@ -155,6 +157,7 @@ class Worker:
             self._write(record, stop, pen)
         if compared:
             self._comparison.begin()
+            self._meta.deal_anew()
         return stop
 
     def _resume(self) -> None:
@@ -249,7 +252,8 @@ class Worker:
         self.save_now = any(row[1] for row in rows)
         times = [row[2] for row in rows]
         record |= self._traffic.summed([row[3 + COLUMNS :] for row in rows])
-        if self.group.world > 1:
+        if record and self.group.world > 1:
+            self._meta.took(times)
             slowest = times.index(max(times))
             record |= {"seconds_fastest_rank": min(times), "seconds_slowest_rank": max(times), "slowest_rank": slowest}
         return Stop(int(max(row[0] for row in rows)))

@@ -26,6 +26,7 @@ RESUMABLE = (
     "run.give_up_after",
     "run.profile",
     "run.compare_every",
+    "run.deal",
     "run.heartbeat_timeout",
     "run.collective_timeout",
     "validate.every",

@@ -9,10 +9,11 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
-HANG, FLIP = 0, -1
-"""To do nothing any more, but give signs of life; to have the last bit of a parameter flipped, and go on."""
+HANG, FLIP, SLOW = 0, -1, -2
+"""To do nothing any more, but give signs of life; to have the last bit of a parameter flipped, and go on; to be late every time."""
 
 
 def install(plan_file: Path) -> None:
@@ -35,7 +36,9 @@ def install(plan_file: Path) -> None:
         worker = workers[-1]
         here = (worker.group.rank, worker.state.step if step is None else step, place)
         for entry in plan:
-            if entry[:3] == here:
+            if entry[3] == SLOW and here[0] == entry[0] and place == entry[2]:
+                time.sleep(0.05)
+            elif entry[:3] == here:
                 try:
                     os.close(os.open(f"{plan_file}.{'-'.join(map(str, here))}", os.O_CREAT | os.O_EXCL))
                 except FileExistsError:
