@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -129,6 +130,7 @@ def _is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:
         summary = run.read_json(run.summary_file)
         limit = config.run.max_seconds
         trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
+        trained = trained or config.validation.on_plateau(summary["meta_steps"], summary["best_step"])
         whole = trained and summary["tasks_evaluated"] == config.evaluate.tasks
     except (InputError, KeyError, TypeError):  # no summary, or none that can be read: it will be written again
         return False
@@ -168,16 +170,26 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
         stack.enter_context(_stop_on_signals(run))
         show = stack.enter_context(console.progress(f"meta-training {config.name}"))
         thread = threading.Thread(target=backend, name="training", daemon=True)
-        follower, last = Follower(run.metrics_file), 0
+        follower, last, starts = Follower(run.metrics_file), 0, len(run.starts())
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
+            for start in run.starts()[starts:]:
+                starts += 1
+                if start.get("after"):
+                    console.err.print(f"{start['after']}; going on from {_origin(start)}", soft_wrap=True)
             for record in follower.poll():
                 last = record["step"] + 1
                 show(last, config.run.steps, console.step_remark(record))
     if backend.error:
         raise backend.error[0]
     return backend.result[0]
+
+
+def _origin(start: dict[str, Any]) -> str:
+    """Where a start took the state from."""
+    remembered = start.get("from") == "memory"
+    return f"step {start['step']} on {start['world_size']} worker(s), {'as remembered' if remembered else 'by the checkpoint'}"
 
 
 @contextmanager

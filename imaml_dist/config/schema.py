@@ -253,6 +253,15 @@ class ValidateConfig(Section):
     patience: int | None = Field(None, ge=1)
     """Validations in a row without a better accuracy that end the run; null trains on."""
 
+    def on_plateau(self, step: int, best: int) -> bool:
+        """Whether validation has not become better for as many times as are waited for.
+
+        Args:
+            step: committed meta-steps.
+            best: those at the best validation, -1 if there was none.
+        """
+        return self.patience is not None and best >= 0 and step - best >= self.patience * self.every
+
     @model_validator(mode="after")
     def _patience_has_something_to_look_at(self) -> ValidateConfig:
         if self.patience is not None and self.tasks == 0:

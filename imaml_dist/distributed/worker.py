@@ -229,9 +229,8 @@ class Worker:
         return Stop.PLATEAU if self._on_plateau() else Stop.NOT_YET
 
     def _on_plateau(self) -> bool:
-        """Whether validation has not become better for as many times as are waited for: the same on every rank."""
-        patience, best = self.config.validation.patience, self.state.best.step
-        return patience is not None and best >= 0 and self.state.step - best >= patience * self.config.validation.every
+        """The same on every rank."""
+        return self.config.validation.on_plateau(self.state.step, self.state.best.step)
 
     def _agree(self, record: metrics_file.Record) -> Stop:
         """The opinion of all about the end. What all have done and asked of storage since the last time is added to the record.

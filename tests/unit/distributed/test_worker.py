@@ -15,6 +15,7 @@ from imaml_dist.distributed.group import Alone
 from imaml_dist.distributed.meta_test import shared_accuracy
 from imaml_dist.distributed.ray_train import _absolute
 from imaml_dist.distributed.reduction import tree_sum
+from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import CheckpointError, ConfigError, InputError, TrainingError
 from imaml_dist.training import checkpoints
@@ -22,6 +23,7 @@ from imaml_dist.training.meta_parameters import MetaParameters
 from imaml_dist.training.outer import learning_rate, make_optimizer
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import MetaState, sha256_of
+from imaml_dist.training.writer import RunWriter
 
 ALONE = ("validate.tasks=0", "evaluate.tasks=0")
 
@@ -212,3 +214,33 @@ def test_own_parameters_are_stepped_at_their_own_rate_without_decay_and_saved(da
     worker.run_to_end()
     saved = tensors_of(tmp_path / "run")["algorithm.lam"]
     torch.testing.assert_close(saved, torch.tensor([0.25 - 2 * 0.01]), rtol=1e-6, atol=0)
+
+
+def test_patience_ends_a_run_at_the_same_step_on_any_way_there_and_tests_the_best_checkpoint(data, tmp_path):
+    config = tiny(data, "validate.patience=2", "outer.lr=1e-12", steps=60)
+    run = begun(config, tmp_path / "run")
+    assert Worker(config, run, Alone()).run_to_end() is Stop.PLATEAU
+    _, facts = checkpoints.load_newest(run.checkpoints)
+    assert facts["best"]["step"] == 3, "nothing can become better"
+    assert facts["ledger"]["steps"] == 3 + 2 * 3
+    assert json.loads(run.evaluation_file.read_text())["step"] == 3
+    assert Worker(config, run, Alone()).run_to_end() is Stop.PLATEAU, "and does not go on when it is asked again"
+    assert checkpoints.load_newest(run.checkpoints)[1]["ledger"] == facts["ledger"]
+
+
+def test_a_checkpoint_is_written_at_the_latest_after_some_minutes(data, tmp_path):
+    config = tiny(data, *ALONE, "run.checkpoint_minutes=1e-9", steps=4, checkpoint_every=100, keep=9)
+    run = begun(config, tmp_path / "run")
+    worker = Worker(config, run, Alone())
+    saved = []
+    checkpoint = RunWriter.checkpoint
+    worker_steps = lambda pen, step, *rest: (saved.append(step), checkpoint(pen, step, *rest))  # noqa: E731
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunWriter, "checkpoint", worker_steps)
+        worker.run_to_end()
+    assert saved == [1, 2, 3, 4]
+
+
+def test_patience_without_validation_is_refused(data):
+    with pytest.raises(ConfigError, match=r"validate.patience: 2 given, but validate.tasks = 0 validates nothing"):
+        tiny(data, "validate.patience=2", "validate.tasks=0")
