@@ -164,6 +164,7 @@ class Keeper:
         self._crew, self._order, self._limits = crew, order, limits
         self._failed, self._preempted, self._with_spare = failed, preempted, spare
         self._process = process
+        self._pace = POLL_S * max(1.0, crew.world / 64)  # one store answers all keepers
         self._spare: RankProcess | None = None
         self._cause, self._before = "", before
 
@@ -253,7 +254,7 @@ class Keeper:
 
     def _heard(self) -> list[Message]:
         """What the process says; one that has crashed or is at fault is not trusted with another group."""
-        news = self._process.hear(POLL_S)
+        news = self._process.hear(self._pace)
         for message in news:
             if message["said"] == "crashed":
                 self._lose(f"crashed ({message['why']})")
