@@ -195,7 +195,7 @@ def show_fit(report: dict[str, Any], inputs: Inputs) -> None:
     """How well the line meets the reductions that were measured."""
     print(
         f"\nalpha {1e6 * inputs.alpha:.1f} us a message, beta {1e9 * inputs.beta:.3f} ns a byte ({1e-9 / inputs.beta:.2f} GB/s), "
-        f"gamma {1e6 * inputs.gamma:.1f} us a worker, fitted to {report['cores']} processes"
+        f"gamma {1e6 * inputs.gamma:.2f} us a node, fitted to {report['cores']} processes"
     )
     print(f"{'processes':>9} {'numbers':>9} {'k':>2} {'measured ms':>12} {'line ms':>9}")
     for point in report["reduction"]:

@@ -1,11 +1,12 @@
 """How long would a meta-step take on W workers? A model of its parts, from what was measured on few.
 
-    t(W) = c s(W) + r + alpha m(W) + beta b(W) + gamma (W - 1)
+    t(W) = a s(W) + r + alpha m(W) + beta b(W) + gamma l(W)
 
-with the tasks of a worker fixed (weak scaling). c: seconds that a worker computes, data included. s(W): how much longer the slowest of
+with the tasks of a worker fixed (weak scaling). a: seconds that a worker computes, data included. s(W): how much longer the slowest of
 W takes than the mean. r: the rest of a step, which does not depend on W. m and b: messages and bytes that a worker sends. alpha:
-seconds a message. beta: seconds a byte, the additions on its way included. gamma: seconds in which every worker works out
-who holds which nodes of the tree, for each of the others. Efficiency is t(1) / t(W).
+seconds a message. beta: seconds a byte, the additions on its way included. gamma: seconds a node that
+is looked at when every worker works out, in every step, who holds which nodes of the tree: l(W) = (W - 1) log2(c W) with c chunks for
+each. Efficiency is t(1) / t(W).
 
 A step has four collectives: the two of the exact reduction (segments exchanged, then gathered), the facts of all tasks, and a word on
 whether to stop. Over gloo each takes W - 1 messages of every worker.
@@ -13,6 +14,7 @@ whether to stop. Over gloo each takes W - 1 messages of every worker.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -37,7 +39,7 @@ class Inputs:
         rest: seconds of a step that do not depend on the number of workers.
         alpha: seconds a message.
         beta: seconds a byte.
-        gamma: seconds a worker, to work out who holds which nodes of the tree.
+        gamma: seconds a node looked at, to work out who holds which.
         parameters: numbers of the meta-gradient, P.
         chunks: chunks of a worker.
         chunk: tasks of a chunk.
@@ -104,9 +106,14 @@ def fit(points: Sequence[tuple[float, float, float]]) -> tuple[float, float]:
     return (alpha, beta) if beta >= 0 else (m1 / mm, 0.0)
 
 
+def nodes_looked_at(chunks: int, world: int) -> float:
+    """What working out who holds what grows with: `(W - 1) log2(c W)`, c chunks a worker."""
+    return (world - 1) * math.log2(chunks * world)
+
+
 def fit_slope(points: Sequence[tuple[float, float]]) -> float:
-    """gamma with the least sum of `(gamma (w - 1) / t - 1)^2` over (w, t), w > 1."""
-    return sum((w - 1) / t for w, t in points) / sum(((w - 1) / t) ** 2 for w, t in points)
+    """gamma with the least sum of `(gamma l / t - 1)^2` over (l, t)."""
+    return sum(x / t for x, t in points) / sum((x / t) ** 2 for x, t in points)
 
 
 def predicted(inputs: Inputs, world: int) -> dict[str, float]:
@@ -117,7 +124,7 @@ def predicted(inputs: Inputs, world: int) -> dict[str, float]:
     reduce = inputs.alpha * reduction_messages(world) + inputs.beta * sent
     facts = inputs.alpha * reduction_messages(world) + inputs.beta * facts_bytes(tasks, world)
     wait = inputs.compute * (expected_slowest(inputs.lateness, world) - expected_slowest(inputs.lateness, 1))
-    plan = inputs.gamma * (world - 1)
+    plan = inputs.gamma * nodes_looked_at(inputs.chunks, world)
     step = inputs.compute + wait + inputs.rest + reduce + facts + plan
     return {
         "workers": world,
@@ -156,7 +163,7 @@ def inputs_of(report: dict[str, Any]) -> Inputs:
         rest=ms["step"] / 1e3 - compute,
         alpha=alpha,
         beta=beta,
-        gamma=fit_slope([(p["workers"], p["seconds"]) for p in report["planning"]]),
+        gamma=fit_slope([(nodes_looked_at(report["chunks"], p["workers"]), p["seconds"]) for p in report["planning"]]),
         parameters=report["parameters"],
         chunks=report["chunks"],
         chunk=report["chunk"],
