@@ -145,8 +145,8 @@ def prediction(inputs: Inputs, worlds: Sequence[int] = WORLDS) -> list[dict[str,
 
 
 def inputs_of(report: dict[str, Any]) -> Inputs:
-    """The inputs that a report of `scaling.py` gives: its measurements, fitted."""
-    ms = report["rows"]["two that do not reduce"]["ms"]
+    """The inputs that a report of `scaling.py` gives: one worker's step, and lines fitted to reductions between no more than cores."""
+    ms = report["rows"]["one worker"]["ms"]
     compute = sum(ms[phase] for phase in ("data", "inner", "query", "solve")) / 1e3
     points = [
         (
