@@ -31,10 +31,12 @@ check: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-# Whole runs have the machine for themselves: they start clusters, and some measure time. A part that fails does not spare the other.
+# Storage under faults has the machine for itself, for it is about seconds. A part that fails does not spare the others.
 define run_tests
 @OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(1) tests/unit tests/architecture; parts=$$?; \
-$(BIN)/python -m pytest --durations=12 $(1) tests/integration tests/faults; exit $$((parts | $$?))
+$(BIN)/python -m pytest $(1) tests/faults/test_storage*.py; parts=$$((parts | $$?)); \
+$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15 $(1) tests/integration tests/faults \
+	--ignore-glob='*/faults/test_storage*'; exit $$((parts | $$?))
 endef
 
 test: $(STAMP)
@@ -53,6 +55,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/scaling.py --json $(BENCH)/scaling.json
 	$(BIN)/python benchmarks/reduction.py --json $(BENCH)/reduction.json
 	$(BIN)/python benchmarks/data.py --json $(BENCH)/data.json
+	$(BIN)/python benchmarks/recovery.py --data data/glyphs --json $(BENCH)/recovery.json
 	$(BIN)/python benchmarks/dual_solve.py --json $(BENCH)/dual_solve.json
 
 clean:

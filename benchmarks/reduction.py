@@ -23,18 +23,26 @@ import torch.multiprocessing as mp
 from meta_gradient import facts
 from torch import Tensor
 
-from imaml_dist.distributed.chunks import dealt_to
+from imaml_dist.distributed.chunks import dealt_to, even_deal
 from imaml_dist.distributed.group import ProcessGroup
-from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
 from imaml_dist.kernels.memory import keep_freed_memory
 
 SIZES = {"Conv-4": 113_221, "10M": 10_000_000}
 CHUNKS = (4, 6, 8)
 
 
+def summed(how: type[ExactSum | FastSum], group: ProcessGroup, mine: Tensor, chunks: int) -> Tensor:
+    """As a meta-step does, but with all rows at once, so that nothing is hidden."""
+    total = how(group, even_deal(group.world, chunks), mine.new_empty(0), mine.shape[1])
+    for row in mine:
+        total.add(row)
+    return total.finish()
+
+
 def gathered(group: ProcessGroup, mine: Tensor, chunks: int) -> Tensor:
     """All rows everywhere, added everywhere alike."""
-    return tree_sum(gather_chunks(group, mine, chunks))
+    return tree_sum(gather_chunks(group, mine, even_deal(group.world, chunks)))
 
 
 def process(rank: int, world: int, rendezvous: str, repeats: int, out: Any) -> None:
@@ -47,8 +55,8 @@ def process(rank: int, world: int, rendezvous: str, repeats: int, out: Any) -> N
         for chunks in CHUNKS:
             mine = torch.randn(len(dealt_to(rank, world, chunks)), size)
             methods: dict[str, Callable[[], Tensor]] = {
-                "exact": partial(exact_sum, group, mine, chunks),
-                "all-reduce": partial(fast_sum, group, mine),
+                "exact": partial(summed, ExactSum, group, mine, chunks),
+                "all-reduce": partial(summed, FastSum, group, mine, chunks),
                 "gather all": partial(gathered, group, mine, chunks),
             }
             turns = []

@@ -200,7 +200,7 @@ def show_fit(report: dict[str, Any], inputs: Inputs) -> None:
     print(f"{'processes':>9} {'numbers':>9} {'k':>2} {'measured ms':>12} {'line ms':>9}")
     for point in report["reduction"]:
         world, rows = point["workers"], most_rows(point["chunks"], point["workers"])
-        line = inputs.alpha * reduction_messages(world)
+        line = inputs.alpha * reduction_messages(rows, world)
         line += inputs.beta * reduction_bytes(point["parameters"], rows, world)
         print(f"{world:9} {point['parameters']:9} {rows:2} {1e3 * point['seconds']:12.2f} {1e3 * line:9.2f}")
 

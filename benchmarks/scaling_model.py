@@ -8,8 +8,9 @@ seconds a message. beta: seconds a byte, the additions on its way included. gamm
 is looked at when every worker works out, in every step, who holds which nodes of the tree: l(W) = (W - 1) log2(c W) with c chunks for
 each. Efficiency is t(1) / t(W).
 
-A step has four collectives: the two of the exact reduction (segments exchanged, then gathered), the facts of all tasks, and a word on
-whether to stop. Over gloo each takes W - 1 messages of every worker.
+A step has k + 3 collectives: those of the exact reduction (k exchanges of segments, k the most nodes of the tree that a worker
+holds, then a gathering), the facts of all tasks, and a word on whether to stop. Over gloo each takes W - 1 messages of every
+worker. All nodes of a worker but the last travel while it computes; here they count as if they did not.
 """
 
 from __future__ import annotations
@@ -63,9 +64,9 @@ def most_rows(chunks: int, world: int) -> int:
     return max(len(own_nodes(dealt_to(rank, world, total), total)) for rank in range(world))
 
 
-def reduction_messages(world: int) -> int:
-    """Messages that a worker sends in an exact reduction: `2 (W - 1)`."""
-    return 2 * (world - 1)
+def reduction_messages(rows: int, world: int) -> int:
+    """Messages that a worker sends in an exact reduction of k rows: `(k + 1) (W - 1)`."""
+    return (rows + 1) * (world - 1)
 
 
 def reduction_bytes(parameters: int, rows: int, world: int) -> int:
@@ -121,8 +122,8 @@ def predicted(inputs: Inputs, world: int) -> dict[str, float]:
     tasks = inputs.chunks * inputs.chunk
     rows = most_rows(inputs.chunks, world)
     sent = reduction_bytes(inputs.parameters, rows, world)
-    reduce = inputs.alpha * reduction_messages(world) + inputs.beta * sent
-    facts = inputs.alpha * reduction_messages(world) + inputs.beta * facts_bytes(tasks, world)
+    reduce = inputs.alpha * reduction_messages(rows, world) + inputs.beta * sent
+    facts = inputs.alpha * 2 * (world - 1) + inputs.beta * facts_bytes(tasks, world)
     wait = inputs.compute * (expected_slowest(inputs.lateness, world) - expected_slowest(inputs.lateness, 1))
     plan = inputs.gamma * nodes_looked_at(inputs.chunks, world)
     step = inputs.compute + wait + inputs.rest + reduce + facts + plan
@@ -148,15 +149,13 @@ def inputs_of(report: dict[str, Any]) -> Inputs:
     """The inputs that a report of `scaling.py` gives: one worker's step, and lines fitted to reductions between no more than cores."""
     ms = report["rows"]["one worker"]["ms"]
     compute = sum(ms[phase] for phase in ("data", "inner", "query", "solve")) / 1e3
-    points = [
-        (
-            reduction_messages(p["workers"]),
-            reduction_bytes(p["parameters"], most_rows(p["chunks"], p["workers"]), p["workers"]),
-            p["seconds"],
-        )
-        for p in report["reduction"]
-        if p["workers"] <= report["cores"]
-    ]
+    points = []
+    for p in report["reduction"]:
+        rows, world = most_rows(p["chunks"], p["workers"]), p["workers"]
+        if world <= report["cores"]:
+            points.append(
+                (reduction_messages(rows, world), reduction_bytes(p["parameters"], rows, world), p["seconds"])
+            )
     alpha, beta = fit(points)
     return Inputs(
         compute=compute,

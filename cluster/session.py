@@ -19,8 +19,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     """Connect for the length of a `with` block.
 
     A private cluster binds to the loopback address, has no dashboard, asks for a token that lives in this process and
-    its children only, and ends with the block. (torch's rendezvous store, opened by a training worker, is not Ray's and
-    listens on all addresses.)
+    its children only, and ends with the block.
 
     Args:
         cpus: that the caller will ask for.

@@ -69,6 +69,18 @@ class KernelError(OutsideError):
     """Kernels of our own cannot be compiled or loaded on this machine."""
 
 
+class DisagreementError(OutsideError):
+    """Workers that ought to hold the same state do not.
+
+    Attributes:
+        faulty: whether the worker that raises it is the one at fault.
+    """
+
+    def __init__(self, message: str, faulty: bool = False) -> None:
+        super().__init__(message)
+        self.faulty = faulty
+
+
 class NoRoomError(OutsideError):
     """This machine has not enough memory for what is to be computed."""
 

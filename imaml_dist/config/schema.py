@@ -226,10 +226,14 @@ class RunConfig(Section):
     backend: Literal["ray", "local"] = "ray"
     profile: int = Field(0, ge=0, le=1000)
     """Meta-steps whose time rank 0 splits into phases; 0 is none. One more is traced."""
+    compare_every: int = Field(50, ge=1)
+    """Meta-steps between two comparisons of the workers' states."""
     heartbeat_timeout: float = Field(30.0, gt=0)
     """Seconds without a sign of life after which a worker's process is replaced; it gives two a second."""
     collective_timeout: float = Field(120.0, gt=0)
     """Seconds that a worker waits for the others; longer than the slowest one is behind the fastest in a meta-step."""
+    deal: Literal["speed", "even"] = "speed"
+    """Chunks for each worker: more for faster ones, looked at whenever states are compared, or as even as can be."""
     reduction: Literal["exact", "fast"] = "exact"
     """`exact`: the same bits for any number of workers. `fast`: one plain all-reduce."""
 

@@ -27,15 +27,15 @@ class Group(Protocol):
         """Every rank's tensor, in order of ranks; all have one shape."""
         ...
 
-    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
-        """To every rank one segment of one's rows, and from every rank that segment of its rows which is one's own.
+    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
+        """To every rank one segment of one's rows, and from every rank that segment of its rows which is one's own; begins it.
 
         Args:
             mine: `[W, k, n]`, segment s of the k rows of this rank at s.
             counts: k of every rank.
 
         Returns:
-            `[sum(counts), n]`, in order of ranks.
+            What waits for the end: `[sum(counts), n]`, in order of ranks.
         """
         ...
 
@@ -57,9 +57,9 @@ class Alone:
         """See `Group.gather`."""
         return [mine]
 
-    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """See `Group.exchange`."""
-        return mine[0]
+        return lambda: mine[0]
 
     def sum(self, mine: Tensor) -> Tensor:
         """See `Group.sum`."""
@@ -83,14 +83,20 @@ class ProcessGroup:
             dist.all_gather(parts, mine.contiguous())
         return parts
 
-    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Tensor:
+    def exchange(self, mine: Tensor, counts: Sequence[int]) -> Callable[[], Tensor]:
         """See `Group.exchange`."""
         width = mine.shape[2]
         found = mine.new_empty(sum(counts) * width)
-        sent = [mine.shape[1] * width] * self.world
+        given, sizes = mine.reshape(-1), [count * width for count in counts]
         with losses():
-            dist.all_to_all_single(found, mine.contiguous().view(-1), [count * width for count in counts], sent)
-        return found.view(-1, width)
+            work = dist.all_to_all_single(found, given, sizes, [mine.shape[1] * width] * self.world, async_op=True)
+
+        def received() -> Tensor:
+            with losses():
+                work.wait()
+            return found.view(-1, width)
+
+        return received
 
     def sum(self, mine: Tensor) -> Tensor:
         """See `Group.sum`."""

@@ -182,7 +182,7 @@ class Keeper:
             while True:
                 self._make_ready()
                 told = self._crew.gather(generation, self._cause, self._limits.collective + START_S)
-                causes = [cause for cause in told if cause]
+                causes = list(dict.fromkeys(cause for cause in told if cause))
                 after = "; ".join(causes) or ("the connection was lost" if generation else self._before)
                 self._cause = ""
                 self._process.join(generation=generation, after=after, **self._order)
@@ -220,6 +220,7 @@ class Keeper:
                         ended = Stop(message["stop"])
                         crew.finished(generation)
                     case "lost":
+                        self._cause = message["why"]
                         crew.end(generation)
                     case "failed":
                         self._failed(message["type"], message["message"])
@@ -251,11 +252,13 @@ class Keeper:
         return self._LOST
 
     def _heard(self) -> list[Message]:
-        """What the process says; one that has crashed is not trusted with another group."""
+        """What the process says; one that has crashed or is at fault is not trusted with another group."""
         news = self._process.hear(POLL_S)
         for message in news:
             if message["said"] == "crashed":
                 self._lose(f"crashed ({message['why']})")
+            elif message["said"] == "faulty":
+                self._lose("was replaced")
         return news
 
     def _lose(self, why: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from imaml_dist.distributed.agreement import Course
 from imaml_dist.distributed.group import Group
 from imaml_dist.tracking.metrics_file import Record
 from imaml_dist.training import checkpoints
@@ -27,11 +28,13 @@ class Memory:
     Attributes:
         tensors, facts: of the state.
         record: metrics of the last committed meta-step, which rank 0 may not have written; None if there is none.
+        doubted: this rank's course from here to a disagreement, of which it is to be found out whether it was the right one.
     """
 
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
     record: Record | None
+    doubted: Course | None = None
 
     @property
     def step(self) -> int:

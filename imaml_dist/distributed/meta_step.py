@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -13,9 +13,10 @@ from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.chunks import Deal, chunks_of
 from imaml_dist.distributed.group import Group
-from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, tree_sum
+from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
+from imaml_dist.distributed.speeds import Speeds
 from imaml_dist.tasks.episode import EpisodeBatch
 from imaml_dist.tracking.metrics_file import Record
 from imaml_dist.training.outer import clip_norm, is_usable, learning_rate
@@ -30,12 +31,39 @@ class MetaStep:
         learner: with the parameters that `state` steps.
         state: the meta-state.
         group: the workers.
+        before_update: called in each step when the sum is there and nothing has been made of it.
     """
 
-    def __init__(self, config: ExperimentConfig, learner: MetaLearner, state: MetaState, group: Group) -> None:
+    def __init__(
+        self,
+        config: ExperimentConfig,
+        learner: MetaLearner,
+        state: MetaState,
+        group: Group,
+        before_update: Callable[[], None] = lambda: None,
+    ) -> None:
         self._config, self._learner, self._state, self._group = config, learner, state, group
+        self._before_update = before_update
         self._chunks = chunks_of(config.run.tasks_per_step, config.run.chunk)
-        self._mine = [self._chunks[n] for n in dealt_to(group.rank, group.world, len(self._chunks))]
+        self._speeds = Speeds(group.world, len(self._chunks))
+
+    @property
+    def deal(self) -> Deal:
+        """Which rank computes which chunks, for now."""
+        return self._speeds.deal
+
+    def took(self, seconds: Sequence[float]) -> None:
+        """How long every rank has computed in the last meta-step."""
+        self._speeds.took(seconds)
+
+    def deal_anew(self) -> None:
+        """Give faster ranks more to do, if that pays; every rank decides alike, from equal times."""
+        if self._config.run.deal == "speed":
+            self._speeds.deal_anew()
+
+    @property
+    def _mine(self) -> list[range]:
+        return [self._chunks[n] for n in self.deal[self._group.rank]]
 
     @property
     def tasks(self) -> int:
@@ -43,8 +71,9 @@ class MetaStep:
         return sum(len(chunk) for chunk in self._mine)
 
     def requests(self) -> Iterator[tuple[int, range]]:
-        """The (step, tasks) that this rank computes from the state's step on, in order."""
-        return ((step, chunk) for step in range(self._state.step, self._config.run.steps) for chunk in self._mine)
+        """The (step, tasks) that this rank computes from the state's step on, in order, as long as the deal stays."""
+        mine = self._mine
+        return ((step, chunk) for step in range(self._state.step, self._config.run.steps) for chunk in mine)
 
     def take(self, step: int, episodes: Iterator[EpisodeBatch]) -> Record:
         """Compute, reduce and apply.
@@ -61,7 +90,9 @@ class MetaStep:
         """
         clock = time.perf_counter()
         seconds = {"data": 0.0, "inner": 0.0, "query": 0.0, "solve": 0.0}
-        gradients, rows = [], []
+        sums = ExactSum if self._config.run.reduction == "exact" else FastSum
+        size = self._state.parameters.layout.size
+        total, rows = sums(self._group, self.deal, self._empty(), size), []
         for _ in self._mine:
             fetch = time.perf_counter()
             batch = next(episodes).to(self._config.run.device)
@@ -69,15 +100,16 @@ class MetaStep:
             out = self._learner.task_gradients(batch)
             for phase, spent in out.seconds.items():
                 seconds[phase] += spent
-            gradients.append(tree_sum(out.rows))
+            total.add(tree_sum(out.rows))
             rows.append(out.tasks.to_rows())
         reduce = time.perf_counter()
-        total, tasks = self._reduced(gradients, rows)
+        gradient, tasks = total.finish(), self._tasks(rows)
         seconds["reduce"] = time.perf_counter() - reduce
 
         outer = time.perf_counter()
+        self._before_update()
         rate = learning_rate(self._config.outer, self._state.updates, self._config.run.steps)
-        norm = self._apply(total, tasks, rate)
+        norm = self._apply(gradient, tasks, rate)
         self._state.ledger.commit(step, [int(code) for code in tasks.outcome.tolist()])
         seconds["outer"] = time.perf_counter() - outer
         elapsed = time.perf_counter() - clock
@@ -94,21 +126,19 @@ class MetaStep:
             "seconds_step": elapsed,
             **{f"seconds_{phase}": value for phase, value in seconds.items()},
             "world_size": self._group.world,
+            "chunks_fewest": min(map(len, self.deal)),
+            "chunks_most": max(map(len, self.deal)),
         }
 
-    def _reduced(self, gradients: list[Tensor], rows: list[Tensor]) -> tuple[Tensor, TaskRecord]:
-        """The sum over all tasks of the step, and what became of each."""
-        size, run = self._state.parameters.layout.size, self._config.run
-        dtype = next(self._learner.model.parameters()).dtype
-        mine = torch.stack(gradients) if gradients else torch.zeros(0, size, device=run.device, dtype=dtype)
-        facts = (
-            torch.stack(rows)
-            if rows
-            else torch.zeros(0, run.chunk, len(TaskRecord.names()), device=run.device).double()
-        )
-        count = len(self._chunks)
-        total = exact_sum(self._group, mine, count) if run.reduction == "exact" else fast_sum(self._group, mine)
-        return total, TaskRecord.from_rows(gather_chunks(self._group, facts, count).flatten(0, 1).cpu())
+    def _empty(self) -> Tensor:
+        """Of the type and the device of gradients."""
+        return torch.empty(0, device=self._config.run.device, dtype=next(self._learner.model.parameters()).dtype)
+
+    def _tasks(self, rows: list[Tensor]) -> TaskRecord:
+        """What became of every task of the step."""
+        shape = (self._config.run.chunk, len(TaskRecord.names()))
+        mine = torch.stack(rows) if rows else self._empty().double().new_zeros(0, *shape)
+        return TaskRecord.from_rows(gather_chunks(self._group, mine, self.deal).flatten(0, 1).cpu())
 
     def _apply(self, total: Tensor, tasks: TaskRecord, rate: float) -> float:
         """Step with the mean gradient of the accepted tasks, or skip the step: every rank decides alike, from equal facts."""

@@ -12,7 +12,7 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, read_ahead
-from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.chunks import chunks_of, even_deal
 from imaml_dist.distributed.group import Group, first_rank_decides
 from imaml_dist.distributed.reduction import gather_chunks
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
@@ -32,13 +32,14 @@ def shared_accuracy(
     """
     device = next(learner.model.parameters()).device
     chunks = chunks_of(tasks, TASKS_AT_ONCE)
-    dealt = dealt_to(group.rank, group.world, len(chunks))
+    deal = even_deal(group.world, len(chunks))
+    dealt = deal[group.rank]
     mine = torch.zeros(len(dealt), TASKS_AT_ONCE, COLUMNS, dtype=torch.float64)
     with read_ahead(config, source, ((0, chunks[number]) for number in dealt)) as coming:
         for row, episodes in enumerate(coming):
             scores = task_scores(learner, episodes.to(device))
             mine[row, : len(scores)] = scores.cpu()
-    rows = gather_chunks(group, mine, len(chunks)).tolist()
+    rows = gather_chunks(group, mine, deal).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 
 

@@ -4,7 +4,8 @@
 
 FD is the process's end of its `Channel`. It is told `join` (train, in this group) and `save` (a checkpoint at the end of the
 step), and says `ready`, `joined`, `beat` (twice a second, with its step), and how a group ended for it: `ended`, `lost`,
-`failed` (an error that is the run's) or `crashed` (any other, which is this process's end, too).
+`failed` (an error that is the run's), `crashed` (any other) or `faulty` (its state is not that of the others), which are this
+process's end, too.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import traceback
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -31,7 +33,7 @@ from imaml_dist.distributed.channel import Channel, Message
 from imaml_dist.distributed.group import ProcessGroup, losses
 from imaml_dist.distributed.memory import Memory
 from imaml_dist.distributed.worker import Worker
-from imaml_dist.errors import ImamlError, PeerLostError, brief
+from imaml_dist.errors import DisagreementError, ImamlError, PeerLostError, brief
 from imaml_dist.training.run_directory import RunDirectory
 
 BEAT_S = 0.5
@@ -80,8 +82,12 @@ class Rank:
     def _join(self, order: Message) -> None:
         try:
             self._channel.send(said="ended", stop=int(self._trained(order)))
-        except PeerLostError as error:
+        except DisagreementError as error:
+            if error.faulty:  # nothing that this process remembers can be trusted
+                self._end("faulty", str(error))
             self._channel.send(said="lost", why=str(error))
+        except PeerLostError:
+            self._channel.send(said="lost", why="")
         except ImamlError as error:
             if type(error) is ImamlError:  # only says that rank 0 gave up, whose own reason must stand
                 self._channel.send(said="lost", why=str(error))
@@ -89,8 +95,11 @@ class Rank:
                 self._channel.send(said="failed", type=type(error).__name__, message=str(error))
         except Exception as error:
             traceback.print_exc()
-            self._channel.send(said="crashed", why=brief(error))
-            os._exit(1)
+            self._end("crashed", brief(error))
+
+    def _end(self, said: str, why: str) -> NoReturn:
+        self._channel.send(said=said, why=why)
+        os._exit(1)
 
     def _trained(self, order: Message) -> int:
         """Join a group and train in it."""

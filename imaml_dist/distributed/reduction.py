@@ -8,17 +8,19 @@ reduction adds one row per chunk along one fixed binary tree, whoever holds whic
 2. Every rank is given one segment of P / W numbers of all these rows, and adds them along the rest of the tree.
 3. The segments are gathered.
 
-Each rank sends `(k + 1) P (W - 1) / W` numbers; a ring all-reduce sends `2 P (W - 1) / W`, which is k = 1.
+Each rank sends `(k + 1) P (W - 1) / W` numbers; a ring all-reduce sends `2 P (W - 1) / W`, which is k = 1. All rows but a rank's
+last travel while later chunks are computed. What is left then is the traffic of an all-reduce, which nothing can hide: the last
+chunk's gradient must reach everybody after it is there. Splitting nodes so that more travels early would only add rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from imaml_dist.distributed.chunks import dealt_to
+from imaml_dist.distributed.chunks import Deal
 from imaml_dist.distributed.group import Group
 
 
@@ -35,18 +37,18 @@ def tree_sum(rows: Tensor) -> Tensor:
     return rows[0]
 
 
-def gather_chunks(group: Group, mine: Tensor, chunks: int) -> Tensor:
+def gather_chunks(group: Group, mine: Tensor, deal: Deal) -> Tensor:
     """One row per chunk from all ranks, in order of chunks.
 
     Args:
         group: the workers.
         mine: `[c, ...]`, a row for each chunk dealt to this rank; c may be 0.
-        chunks: number of chunks of the step.
+        deal: which rank holds which chunks.
 
     Returns:
         `[chunks, ...]`, the same on every rank.
     """
-    counts = [len(dealt_to(rank, group.world, chunks)) for rank in range(group.world)]
+    counts = [len(held) for held in deal]
     padded = torch.zeros(max(counts), *mine.shape[1:], dtype=mine.dtype, device=mine.device)
     padded[: mine.shape[0]] = mine
     return torch.cat([part[:count] for part, count in zip(group.gather(padded), counts, strict=True)])
@@ -89,28 +91,81 @@ def _width(chunks: int) -> int:
     return 1 << (chunks - 1).bit_length()
 
 
-def exact_sum(group: Group, mine: Tensor, chunks: int) -> Tensor:
-    """Sum over all chunks along the tree, the same bits for every number of workers: `[c, P] -> [P]`.
+class ExactSum:
+    """Sum over all chunks of a step along the tree, the same bits for every number of workers.
+
+    Rows are given as they are computed. A finished node that is not this rank's last is sent at once, so that its way is gone while
+    the next chunks are computed; held are the rows of the node that is being made, added up as far as they go (log2 of its chunks).
 
     Args:
         group: the workers.
-        mine: a row for each chunk dealt to this rank; c may be 0.
-        chunks: number of chunks of the step, >= 1.
+        deal: which rank holds which chunks of the step.
+        like: an empty tensor of the rows' type and device.
+        size: P.
     """
-    dealt = [dealt_to(rank, group.world, chunks) for rank in range(group.world)]
-    nodes = [own_nodes(held, chunks) for held in dealt]
-    first, size = dealt[group.rank].start, mine.shape[1]
-    segment = -(-size // group.world)
-    padded = mine.new_empty(len(nodes[group.rank]), segment * group.world)
-    padded[:, size:] = 0
-    for row, node in zip(padded, nodes[group.rank], strict=True):
-        row[:size] = tree_sum(mine[node.start - first : node.stop - first])
-    by_segment = padded.view(-1, group.world, segment).transpose(0, 1)
-    rows = group.exchange(by_segment, [len(own) for own in nodes])
-    added = join([node for own in nodes for node in own], rows, chunks)
-    return torch.cat(group.gather(added))[:size]
+
+    def __init__(self, group: Group, deal: Deal, like: Tensor, size: int) -> None:
+        self._group, self._chunks, self._like, self._size = group, deal[-1].stop, like, size
+        self._nodes = [own_nodes(held, self._chunks) for held in deal]
+        self._segment = -(-size // group.world)
+        self._counter: list[tuple[int, Tensor]] = []
+        self._given = 0
+        self._sent: list[Callable[[], Tensor]] = []
+
+    def add(self, row: Tensor) -> None:
+        """The sum over the next chunk dealt to this rank, `[P]`."""
+        count = 1
+        while self._counter and self._counter[-1][0] == count:
+            row, count = self._counter.pop()[1] + row, 2 * count
+        self._counter.append((count, row))
+        self._given += 1
+        if self._given == len(self._nodes[self._group.rank][len(self._sent)]):
+            self._send(self._node())
+
+    def finish(self) -> Tensor:
+        """Wait for the others: `[P]`. Every rank's chunks must have been added.
+
+        Raises:
+            PeerLostError: another rank is gone.
+        """
+        while len(self._sent) < max(map(len, self._nodes)):
+            self._send(None)
+        rounds = [list(receive()) for receive in self._sent]
+        nodes, rows = [], []
+        for own in self._nodes:
+            for node, came in zip(own, rounds, strict=False):
+                nodes.append(node)
+                rows.append(came.pop(0))
+        return torch.cat(self._group.gather(join(nodes, torch.stack(rows), self._chunks)))[: self._size]
+
+    def _node(self) -> Tensor:
+        """The value of the node whose rows have all been given: what is left in the counter, the last first, as `tree_sum` adds."""
+        value = self._counter.pop()[1]
+        while self._counter:
+            value = self._counter.pop()[1] + value
+        self._given = 0
+        return value
+
+    def _send(self, value: Tensor | None) -> None:
+        """This round's node of every rank that has one."""
+        number, world = len(self._sent), self._group.world
+        mine = self._like.new_zeros(int(value is not None), self._segment * world)
+        if value is not None:
+            mine[0, : self._size] = value
+        counts = [int(len(own) > number) for own in self._nodes]
+        self._sent.append(self._group.exchange(mine.view(len(mine), world, self._segment).transpose(0, 1), counts))
 
 
-def fast_sum(group: Group, mine: Tensor) -> Tensor:
-    """Sum over all chunks by one all-reduce; its last bits depend on the number of workers: `[c, P] -> [P]`."""
-    return group.sum(mine.sum(0))
+class FastSum:
+    """Sum over all chunks by one all-reduce; its last bits depend on the number of workers. Arguments as for `ExactSum`."""
+
+    def __init__(self, group: Group, deal: Deal, like: Tensor, size: int) -> None:
+        self._group, self._total = group, like.new_zeros(size)
+
+    def add(self, row: Tensor) -> None:
+        """See `ExactSum.add`."""
+        self._total += row
+
+    def finish(self) -> Tensor:
+        """See `ExactSum.finish`."""
+        return self._group.sum(self._total)

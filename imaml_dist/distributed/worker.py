@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import time
 from contextlib import ExitStack, suppress
+from dataclasses import replace
+from functools import cached_property
 
 import torch
 
@@ -16,6 +18,8 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.philox import SPEC_VERSION
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, read_ahead
+from imaml_dist.distributed.comparison import COLUMNS, Comparison
+from imaml_dist.distributed.giving_up import getting_on, not_stuck
 from imaml_dist.distributed.group import Group, first_rank_decides
 from imaml_dist.distributed.memory import Memory, newest
 from imaml_dist.distributed.meta_step import MetaStep
@@ -35,9 +39,6 @@ from imaml_dist.training.writer import RunWriter
 
 WRITER_WAIT_S = 60.0
 """How long to wait for the workers of a killed driver to be gone: Ray ends them, but not at once."""
-
-TRIES = 4
-"""Losses in a row that are mended although none of them left time for a meta-step."""
 
 COMPUTING = ("seconds_data", "seconds_inner", "seconds_query", "seconds_solve")
 """What a rank does by itself in a meta-step."""
@@ -75,10 +76,9 @@ class Worker:
         drawn_from = {"dataset": self.dataset.index.fingerprint, "drawing rules": SPEC_VERSION}
         self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from, fixed_fields(config))
         self.save_now = False
-        self._meta = MetaStep(config, self.learner, self.state, group)
         self._memory, self._after = memory, after
         self._record: metrics_file.Record | None = None
-        self._begun = False
+        self._comparison: Comparison | None = None  # once the loop has begun
         self._saved = time.monotonic()
         self._traffic = Traffic(self.dataset.cached)
         watch = config.run.profile > 0 and group.rank == 0
@@ -110,18 +110,21 @@ class Worker:
         return stop
 
     def memory(self) -> Memory | None:
-        """What this process knows of the run, now that its group is lost."""
-        if not self._begun:
+        """What this process knows of the run, now that its group is lost: what all had agreed on, if they do not any more."""
+        if self._comparison is None:
             return self._memory
+        return self._comparison.last_agreed or replace(self._as_memory(), doubted=self._comparison.doubted)
+
+    def _as_memory(self) -> Memory:
         return Memory(self.state.tensors(), self.state.facts(), self._record)
 
     def _train(self) -> Stop:
         self._resume()
-        self._begun = True
+        doubted = None if self._memory is None else self._memory.doubted
+        self._comparison = Comparison(self.config.run, self.group.rank, self.state, self._as_memory, doubted)
         pen = RunWriter(self.run, self.config.run.keep) if self.group.rank == 0 else None
         try:
-            with read_ahead(self.config, self.train_source, self._meta.requests()) as self._episodes:
-                stop = self._steps(pen)
+            stop = self._steps(pen)
             first_rank_decides(self.group, lambda: _closed(pen))
         finally:
             with suppress(StorageError):  # has been told, or there is something worse to tell
@@ -133,20 +136,28 @@ class Worker:
         # The last step of a lost group is ended again: who knows how far its writer had come.
         stop = self._agree({}) if self._record is None else self._end_step(self._record, pen)
         while stop is Stop.NOT_YET:
-            self._record = self._observed_step()
-            self._give_up_if_stuck()
-            self.state.seconds = earlier + time.monotonic() - began
-            stop = self._end_step(self._record, pen)
+            deal = self._meta.deal
+            with read_ahead(self.config, self.train_source, self._meta.requests()) as self._episodes:
+                while stop is Stop.NOT_YET and self._meta.deal is deal:
+                    self._record = self._observed_step()
+                    not_stuck(self.config.run, self.run, self.state)
+                    self.state.seconds = earlier + time.monotonic() - began
+                    stop = self._end_step(self._record, pen)
         return stop
 
     def _end_step(self, record: metrics_file.Record, pen: RunWriter | None) -> Stop:
         """What follows a committed meta-step: a word with the others, validation, metrics, a checkpoint; may be done again."""
+        assert self._comparison is not None
+        compared = self._comparison.due
         stop = self._agree(record)
         if self.state.step % self.config.validation.every == 0 or stop in (Stop.STEPS, Stop.SECONDS):
             self._validate(record)
             stop = Stop.PLATEAU if stop is Stop.NOT_YET and self._on_plateau() else stop
         if pen is not None:
             self._write(record, stop, pen)
+        if compared:
+            self._comparison.begin()
+            self._meta.deal_anew()
         return stop
 
     def _resume(self) -> None:
@@ -154,7 +165,7 @@ class Worker:
         make sure that all ranks begin alike."""
         rejected: list[str] = []
         warm: str | None = None
-        first_rank_decides(self.group, self._check_getting_on)
+        first_rank_decides(self.group, lambda: getting_on(self.run, self._after))
         remembered = newest(self.group, self._memory)
         if remembered is not None:
             self.state.restore(remembered.tensors, remembered.facts)
@@ -174,7 +185,7 @@ class Worker:
             # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
             checkpoints.set_aside_after(self.run.checkpoints, self.state.step)
             written = self.state.step if self._record is None else self._record["step"]
-            reached = self._reached()
+            reached = metrics_file.reached(self.run.metrics_file)
             metrics_file.rewind(self.run.metrics_file, written)
             facts = {
                 "step": self.state.step,
@@ -187,20 +198,6 @@ class Worker:
             facts |= {"rejected": rejected} if rejected else {}
             facts |= {"warm_start": {"path": self.config.warm_start.path, "sha256": warm}} if warm else {}
             self.run.record_start(facts)
-
-    def _check_getting_on(self) -> int:
-        """Give up where one loss follows another and nothing is achieved between them."""
-        last, reached = self.run.starts()[-TRIES:], self._reached()
-        if self._after and len(last) == TRIES and all(s.get("reached") == reached for s in last):
-            raise TrainingError(
-                f"workers were lost {TRIES} times in a row without another meta-step done after {reached}; the last time "
-                f"{self._after}; see the worker logs, then run the same command again to resume"
-            )
-        return 0
-
-    def _reached(self) -> int:
-        """Meta-steps that the metrics tell of, whether or not a checkpoint holds them."""
-        return max((record["step"] + 1 for record in metrics_file.read(self.run.metrics_file)), default=0)
 
     def _warm_start(self, path: str) -> str:
         """Begin with the model of another run: every rank reads it for itself, and must read what rank 0 reads."""
@@ -242,15 +239,32 @@ class Worker:
         A request of any rank to save now becomes one of all.
         """
         computing = sum(record.get(phase, 0.0) for phase in COMPUTING)
-        said = [int(self._should_stop()), self.save_now, computing, *self._traffic.since_last()]
+        assert self._comparison is not None
+        said = [
+            int(self._should_stop()),
+            self.save_now,
+            computing,
+            *self._comparison.told(),
+            *self._traffic.since_last(),
+        ]
         rows = [row.tolist() for row in self.group.gather(torch.tensor(said, dtype=torch.float64))]
+        self._comparison.judge([row[3:] for row in rows])
         self.save_now = any(row[1] for row in rows)
         times = [row[2] for row in rows]
-        record |= self._traffic.summed([row[3:] for row in rows])
-        if self.group.world > 1:
+        record |= self._traffic.summed([row[3 + COLUMNS :] for row in rows])
+        if record and self.group.world > 1:
+            self._meta.took(times)
             slowest = times.index(max(times))
             record |= {"seconds_fastest_rank": min(times), "seconds_slowest_rank": max(times), "slowest_rank": slowest}
         return Stop(int(max(row[0] for row in rows)))
+
+    @cached_property
+    def _meta(self) -> MetaStep:
+        return MetaStep(self.config, self.learner, self.state, self.group, self._note)
+
+    def _note(self) -> None:
+        if self._comparison is not None:
+            self._comparison.note()
 
     def _observed_step(self) -> metrics_file.Record:
         """A meta-step, watched by rank 0 if that was asked for."""
@@ -268,17 +282,6 @@ class Worker:
         run = self.config.run
         episode = self.train_source.episodes(self.state.step, range(1)).to(run.device)
         self._profile.write(self._profile.result(self.learner, episode, self._meta.tasks, run.threads))
-
-    def _give_up_if_stuck(self) -> None:
-        skipped = self.state.skipped_in_a_row
-        if skipped >= self.config.run.give_up_after:
-            ended = ", ".join(f"{n} {name}" for name, n in self.state.ledger.outcomes_of_last(skipped).items())
-            newest = max(checkpoints.steps(self.run.checkpoints), default=None)
-            raise TrainingError(
-                f"{skipped} meta-steps in a row were skipped, because more than half of their tasks were excluded or the gradient "
-                f"was not finite (their tasks ended {ended}); the last good checkpoint is of step {newest}; try a smaller "
-                "algorithm.inner.lr or outer.lr, or a larger run.give_up_after"
-            )
 
     def _validate(self, record: metrics_file.Record) -> None:
         """Add the validation accuracy to the record, and note the step if it is the best so far."""

@@ -58,6 +58,15 @@ def read(path: Path) -> list[Record]:
     return list(_records(path.read_bytes(), path)) if path.is_file() else []
 
 
+def reached(path: Path) -> int:
+    """Meta-steps up to the last on record.
+
+    Raises:
+        InputError: see `read`.
+    """
+    return max((int(record["step"]) + 1 for record in read(path)), default=0)
+
+
 def rewind(path: Path, step: int) -> None:
     """Drop the lines of meta-steps from `step` on: they will be done, and written, again."""
     kept = [r for r in read(path) if r["step"] < step]

@@ -25,6 +25,8 @@ RESUMABLE = (
     "run.keep",
     "run.give_up_after",
     "run.profile",
+    "run.compare_every",
+    "run.deal",
     "run.heartbeat_timeout",
     "run.collective_timeout",
     "validate.every",

@@ -62,6 +62,13 @@ class MetaState:
         """Count a meta-step that is not applied: parameters, optimiser and schedule stand still."""
         self.skipped_in_a_row += 1
 
+    def living_tensors(self) -> list[Tensor]:
+        """Meta-parameters and optimiser in a fixed order, as they are, not copies."""
+        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
+        # By name: a restored state has its entries in an order of its own.
+        slots = (value for p in parameters for _, value in sorted(self.optimizer.state.get(p, {}).items()))
+        return [*self.parameters.tensors().values(), *(value for value in slots if isinstance(value, Tensor))]
+
     def tensors(self) -> dict[str, Tensor]:
         """Those of the meta-parameters and `optimizer.<parameter number>.<name>`: copies on the CPU, tied weights twice."""
         named = self.parameters.tensors()

@@ -19,6 +19,7 @@ from imaml_dist.training.run_directory import RunDirectory
 pytestmark = pytest.mark.faults
 
 SABOTAGE = Path(__file__).parents[1] / "helpers" / "sabotage"
+HANG, FLIP, SLOW = 0, -1, -2
 PHASES = ("data", "inner", "solve", "reduce", "update", "checkpoint", "report")
 STEPS = 24
 
@@ -115,12 +116,47 @@ def test_a_stopped_process_is_found_and_replaced(data, gold, tmp_path):
 
 def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, tmp_path, sabotage):
     """Its keeper hears it; the others wait for it in vain."""
-    sabotage((1, 3, "inner", 0))
+    sabotage((1, 3, "inner", HANG))
     config = configured(data)
     with Keepers(config, begun(config, tmp_path / "run"), 2, collective=3.0) as keepers:
         pass
     check(tmp_path / "run", gold)
     assert "nor leave its group" in keepers.run.starts()[1]["after"]
+
+
+@pytest.mark.parametrize("world", [2, 3])
+@pytest.mark.parametrize("place", ["data", pytest.param("report", marks=pytest.mark.slow)])
+def test_a_flipped_bit_is_found_its_rank_named_and_replaced_and_the_steps_done_again(
+    data, gold, tmp_path, sabotage, world, place
+):
+    """Two ranks cannot tell by a vote; it shows when the steps have been taken again. One flip is before, one after an update."""
+    sabotage((1, 9, place, FLIP))
+    config = configured(data, workers=world, compare_every=6, checkpoint_every=12)
+    with Keepers(config, begun(config, tmp_path / "run"), world) as keepers:
+        pass
+    assert keepers.results == [Stop.STEPS] * world, keepers.failures
+    check(tmp_path / "run", gold)
+    starts = keepers.run.starts()
+    print(*starts, sep="\n")
+    reasons = [start["after"] for start in starts[1:]]
+    assert "differ at step 12; all go back to step 6" in reasons[0]
+    assert starts[1]["step"] == 6
+    assert "rank 1" in reasons[-1]
+    before, after = starts[0]["pids"], starts[-1]["pids"]
+    assert [a != b for a, b in zip(before, after, strict=True)] == [rank == 1 for rank in range(world)]
+
+
+def test_a_slow_rank_is_named_and_given_less_to_do_and_the_bits_stay(data, gold, tmp_path, sabotage):
+    sabotage((1, 0, "inner", SLOW))
+    config = configured(data, compare_every=4, checkpoint_every=12)
+    with Keepers(config, begun(config, tmp_path / "run"), 2):
+        pass
+    check(tmp_path / "run", gold)
+    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [r["slowest_rank"] for r in records[1:4]] == [1, 1, 1]
+    assert records[3]["seconds_slowest_rank"] > records[3]["seconds_fastest_rank"] + 0.05
+    assert (records[0]["chunks_fewest"], records[0]["chunks_most"]) == (2, 2)
+    assert (records[8]["chunks_fewest"], records[8]["chunks_most"]) == (1, 3)
 
 
 def test_sigterm_has_a_checkpoint_written_at_once(data, tmp_path):

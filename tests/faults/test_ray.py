@@ -59,9 +59,8 @@ def result(config):
 def test_two_workers_give_the_bits_of_the_local_backend(config, gold, tmp_path):
     with Command(*train(config), cwd=tmp_path) as command:
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 1, command)
-        pids = json.loads((tmp_path / "run" / "starts.jsonl").read_text())["pids"]
         exposed = [pid for pid, ip in listening(command) if not ip.removeprefix("::ffff:").startswith("127.")]
-        assert exposed in ([], [pids[0]]), "only torch's own rendezvous store, on rank 0, knows no other address"
+        assert exposed == []
         assert command.wait() == 0, command.output
     summary, found = result(config)
     assert found == gold

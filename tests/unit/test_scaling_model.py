@@ -54,7 +54,7 @@ def test_rows_of_a_worker(model, chunks, world, rows):
 )
 def test_bytes_of_a_reduction(model, parameters, rows, world, sent):
     assert model.reduction_bytes(parameters, rows, world) == sent
-    assert model.reduction_messages(world) == 2 * (world - 1)
+    assert model.reduction_messages(rows, world) == (rows + 1) * (world - 1)
 
 
 def test_bytes_of_the_facts(model):

@@ -1,6 +1,6 @@
 """Python imports this by itself where its folder is on the path: it makes rank processes end themselves at chosen places.
 
-`SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`; 0 for a signal is to hang.
+`SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`, a signal being FLIP and HANG, too.
 Each happens once, in whichever process gets there first.
 A place is a phase of a meta-step, or `commit-N` for the N-th write to disk of a checkpoint.
 """
@@ -9,13 +9,16 @@ import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
 
-PLACES = ("data", "inner", "solve", "reduce", "update", "checkpoint", "report")
-COMMITS = tuple(f"commit-{n}" for n in range(8))
+HANG, FLIP, SLOW = 0, -1, -2
+"""To do nothing any more, but give signs of life; to have the last bit of a parameter flipped, and go on; to be late every time."""
 
 
 def install(plan_file: Path) -> None:
+    import torch
+
     from imaml_dist.algorithms import learner
     from imaml_dist.data.ahead import Ahead
     from imaml_dist.distributed.group import ProcessGroup
@@ -33,13 +36,19 @@ def install(plan_file: Path) -> None:
         worker = workers[-1]
         here = (worker.group.rank, worker.state.step if step is None else step, place)
         for entry in plan:
-            if entry[:3] == here:
+            if entry[3] == SLOW and here[0] == entry[0] and place == entry[2]:
+                time.sleep(0.05)
+            elif entry[:3] == here:
                 try:
                     os.close(os.open(f"{plan_file}.{'-'.join(map(str, here))}", os.O_CREAT | os.O_EXCL))
                 except FileExistsError:
                     continue
-                if entry[3] == 0:  # hang, alive
+                if entry[3] == HANG:
                     threading.Event().wait()
+                if entry[3] == FLIP:
+                    weight = next(worker.learner.model.parameters()).data.view(-1)
+                    weight[:1] = (weight[:1].view(torch.int32) ^ 1).view(torch.float32)
+                    continue
                 os.kill(os.getpid(), entry[3])
 
     def before(owner: object, name: str, place: str, later: bool = False, previous_step: bool = False) -> None:

@@ -60,10 +60,10 @@ def test_what_is_declared_first_about_a_generation_stands(crew):
 def test_all_have_finished_when_each_has(crew):
     first, second = crew
     first.finished(3)
-    assert not first.all_finished(3)
+    assert not first.all_finished(3), "the other has not"
     second.finished(3)
+    assert second.all_finished(3), "it has said so before it asks"
     assert first.all_finished(3)
-    assert second.all_finished(3)
 
 
 def test_a_store_that_is_gone_is_a_lost_peer():

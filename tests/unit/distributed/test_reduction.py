@@ -6,9 +6,10 @@ import pytest
 import torch
 from helpers.gloo import run_group
 
-from imaml_dist.distributed.chunks import chunks_of, dealt_to
+from imaml_dist.distributed.chunks import chunks_of, deal_by_speed, dealt_to, duration, even_deal
 from imaml_dist.distributed.group import Alone, ProcessGroup
-from imaml_dist.distributed.reduction import exact_sum, fast_sum, gather_chunks, join, own_nodes, tree_sum
+from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, join, own_nodes, tree_sum
+from imaml_dist.distributed.speeds import Speeds
 
 CHUNKS, SIZE = 7, 1001
 
@@ -18,14 +19,21 @@ def _rows() -> torch.Tensor:
     return torch.randn(CHUNKS, SIZE, generator=generator) * torch.logspace(-4, 4, CHUNKS)[:, None]
 
 
+def summed(how, group, mine, chunks):
+    total = how(group, even_deal(group.world, chunks), mine.new_empty(0), mine.shape[1])
+    for row in mine:
+        total.add(row)
+    return total.finish()
+
+
 def _reduce_in_a_group() -> tuple:
     group = ProcessGroup()
     dealt = dealt_to(group.rank, group.world, CHUNKS)
     mine = _rows()[dealt.start : dealt.stop]
     return (
-        exact_sum(group, mine, CHUNKS).tolist(),
-        fast_sum(group, mine).tolist(),
-        gather_chunks(group, mine, CHUNKS).tolist(),
+        summed(ExactSum, group, mine, CHUNKS).tolist(),
+        summed(FastSum, group, mine, CHUNKS).tolist(),
+        gather_chunks(group, mine, even_deal(group.world, CHUNKS)).tolist(),
     )
 
 
@@ -35,7 +43,7 @@ def by_world():
 
 
 def test_exact_sum_has_the_same_bits_on_every_rank_and_number_of_ranks(by_world):
-    expected = exact_sum(Alone(), _rows(), CHUNKS).tolist()
+    expected = summed(ExactSum, Alone(), _rows(), CHUNKS).tolist()
     for world, ranks in by_world.items():
         for rank, (exact, _, gathered) in enumerate(ranks):
             assert exact == expected, f"rank {rank} of {world}"
@@ -104,3 +112,98 @@ def test_every_chunk_is_dealt_once_and_evenly(world, chunks):
 def test_chunks_cover_the_tasks_whatever_the_remainder():
     assert chunks_of(10, 4) == [range(4), range(4, 8), range(8, 10)]
     assert chunks_of(8, 4) == [range(4), range(4, 8)]
+
+
+class Together:
+    """All ranks of a group in one process: exchanges are noted, and done when all have been begun."""
+
+    def __init__(self, world):
+        self.world, self.sent = world, [[] for _ in range(world)]
+
+    def member(self, rank):
+        return _Member(self, rank)
+
+
+class _Member:
+    def __init__(self, all_ranks, rank):
+        self.all, self.rank, self.world = all_ranks, rank, all_ranks.world
+
+    def exchange(self, mine, counts):
+        number = len(self.all.sent[self.rank])
+        self.all.sent[self.rank].append(mine)
+        assert mine.shape[1] == counts[self.rank]
+        return lambda: torch.cat([rank[number][self.rank] for rank in self.all.sent])
+
+    def gather(self, mine):
+        raise _Segment(mine)
+
+
+class _Segment(Exception):
+    """What a rank would give to the others."""
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize("chunks", range(1, 18))
+@pytest.mark.parametrize("speeds", [None, (1.0, 4.0, 2.5)], ids=["even", "by speed"])
+def test_rows_given_one_by_one_make_the_bits_of_the_tree_and_travel_as_soon_as_they_can(world, chunks, speeds):
+    rows = torch.randn(chunks, 2 * world, generator=torch.Generator().manual_seed(chunks))
+    together = Together(world)
+    deal = even_deal(world, chunks) if speeds is None else deal_by_speed([speeds[r % 3] for r in range(world)], chunks)
+    sums = [ExactSum(together.member(rank), deal, rows.new_empty(0), 2 * world) for rank in range(world)]
+    for rank, total in enumerate(sums):
+        for number in deal[rank]:
+            total.add(rows[number])
+        assert len(together.sent[rank]) == len(own_nodes(deal[rank], chunks)), "none waits"
+    most = max(map(len, together.sent))
+    for rank in range(world):
+        while len(together.sent[rank]) < most:
+            sums[rank]._send(None)
+    found = []
+    for total in sums:
+        with pytest.raises(_Segment) as segment:
+            total.finish()
+        found.append(segment.value.args[0])
+    assert torch.equal(torch.cat(found), tree_sum(rows))
+
+
+def every_deal(world, chunks):
+    """All of them."""
+    if world == 1:
+        yield ((range(chunks)),)
+        return
+    for last in range(chunks + 1):
+        for others in every_deal(world - 1, chunks - last):
+            yield (*others, range(chunks - last, chunks))
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 5, 8])
+@pytest.mark.parametrize("seconds", [(1.0, 1.0), (1.0, 2.0), (1.0, 9.0), (3.0, 1.0, 1.0), (1.0, 2.2, 3.9)])
+def test_no_deal_is_done_before_the_one_by_speed(seconds, chunks):
+    deal = deal_by_speed(seconds, chunks)
+    assert [number for held in deal for number in held] == list(range(chunks))
+    assert duration(deal, seconds) == min(duration(other, seconds) for other in every_deal(len(seconds), chunks))
+
+
+def test_ranks_are_dealt_by_their_median_speed_if_that_pays():
+    speeds = Speeds(2, 8)
+    even = speeds.deal
+    for times in ((4.0, 4.2), (4.0, 90.0), (4.1, 4.2)):
+        speeds.took(times)
+    speeds.deal_anew()
+    assert speeds.deal is even, "one slow step and a little noise"
+    for _ in range(3):
+        speeds.took((4.0, 12.0))
+    speeds.deal_anew()
+    assert [len(held) for held in speeds.deal] == [6, 2]
+    speeds.took((6.0, 2.0))  # both as fast as the other now
+    speeds.deal_anew()
+    assert [len(held) for held in speeds.deal] == [4, 4]
+
+
+def test_a_rank_that_had_nothing_to_do_is_tried_again():
+    speeds = Speeds(3, 2)
+    assert [len(held) for held in speeds.deal] == [0, 1, 1]
+    speeds.took((0.0, 1.0, 9.0))
+    speeds.deal_anew()
+    assert sum(map(len, speeds.deal)) == 2
+    assert len(speeds.deal[2]) == 0
