@@ -74,6 +74,7 @@ def configuration(data: str, steps: int, workers: int, reduction: str, tasks: in
             "workers": workers,
             "reduction": reduction,
             "checkpoint_every": steps,
+            "deal": "even",  # how late a worker is shows only where all have equally much to do
             "device": "cpu",
         },
         "validate": {"tasks": 0},
