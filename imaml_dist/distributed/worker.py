@@ -33,7 +33,7 @@ from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.outer import make_optimizer
 from imaml_dist.training.profile import StepProfile
-from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.run_directory import RunDirectory, fixed_fields
 from imaml_dist.training.state import Best, MetaState, sha256_of
 from imaml_dist.training.writer import RunWriter
 
@@ -74,7 +74,7 @@ class Worker:
         self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
         learned = meta_parameters(self.learner)
         drawn_from = {"dataset": self.dataset.index.fingerprint, "drawing rules": SPEC_VERSION}
-        self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from)
+        self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from, fixed_fields(config))
         self.save_now = False
         self._memory, self._after = memory, after
         self._record: metrics_file.Record | None = None

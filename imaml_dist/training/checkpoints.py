@@ -5,7 +5,9 @@
                                   manifest.json       sha256 and size of both; written last
 
 A checkpoint is written under a temporary name and renamed when everything in it is on disk, so a folder without a
-valid manifest is never one that was finished.
+valid manifest is never one that was finished. What is read may have been damaged or made by anyone: nothing in it is executed,
+links are not followed, no file is read whose length is not the expected one, and a manifest counts only if it is, byte for byte,
+the one that would be written for the files beside it. Other files in the folder are never opened.
 """
 
 from __future__ import annotations
@@ -15,19 +17,23 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from imaml_dist.errors import CheckpointError, StorageError
+from imaml_dist.errors import CheckpointError, StorageError, brief
 from imaml_dist.storage.local import atomic_write, sync_folder
 
 FORMAT, VERSION = "imaml-checkpoint", 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
-_NAME = re.compile(r"step-(\d{8})\Z")
+_MANIFEST_BYTES = 1 << 16
+"""No manifest is longer; what is, is not read."""
+
+_NAME = re.compile(r"step-([0-9]{8})\Z")
 
 
 def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> Path:
@@ -39,19 +45,19 @@ def save(folder: Path, step: int, tensors: dict[str, Tensor], facts: dict[str, A
     from safetensors.torch import save as serialise
 
     final = path_of(folder, step)
-    if final.is_dir():
+    if os.path.lexists(final):
         try:
             _verified(final)
             return final
         except CheckpointError:
-            shutil.rmtree(final)
+            _delete(final)
     part = folder / f".{final.name}.{os.getpid()}.part"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     contents = {TENSORS: serialise(tensors), FACTS: json.dumps(facts, sort_keys=True).encode()}
     for name, data in contents.items():
         atomic_write(part / name, data)
-    atomic_write(part / MANIFEST, json.dumps(_manifest(step, contents), indent=1, sort_keys=True).encode())
+    atomic_write(part / MANIFEST, _manifest(step, contents))
     os.replace(part, final)
     sync_folder(folder)
     return final
@@ -62,19 +68,33 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
     Raises:
         CheckpointError: it is incomplete, damaged or of another format; the message names the file.
-        StorageError: it is there and cannot be read.
+        StorageError: it is there and cannot be read, or memory has no room for it.
+    """
+    contents = _verified(path)
+    try:
+        tensors, facts = parse_tensors(contents[TENSORS]), json.loads(contents[FACTS])
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} verifies but cannot be read: {brief(error)}") from error
+    step = step_of(facts)
+    if path != path_of(path.parent, step):
+        raise CheckpointError(f"{path} holds the state of step {step!r:.40}")
+    return tensors, facts
+
+
+def parse_tensors(data: bytes) -> dict[str, Tensor]:
+    """Named tensors from the bytes of a safetensors file, whoever wrote it.
+
+    Raises:
+        ValueError: it is none, or has types or shapes that torch does not know.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load as parse
 
-    contents = _verified(path)
     try:
-        tensors, facts = parse(contents[TENSORS]), json.loads(contents[FACTS])
-    except (SafetensorError, ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} verifies but cannot be read: {error}") from error
-    if path != path_of(path.parent, step_of(facts)):
-        raise CheckpointError(f"{path} holds the state of step {step_of(facts)}")
-    return tensors, facts
+        tensors: dict[str, Tensor] = parse(data)
+        return tensors
+    except (SafetensorError, KeyError, TypeError, RuntimeError, AssertionError, OverflowError) as error:
+        raise ValueError(f"not a whole safetensors file ({brief(error)})") from error
 
 
 def steps(folder: Path) -> list[int]:
@@ -121,9 +141,12 @@ def step_of(facts: Any) -> int:
         CheckpointError: they tell none.
     """
     try:
-        return int(facts["ledger"]["steps"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{FACTS} of a checkpoint has no ledger ({type(error).__name__}: {error})") from error
+        found = facts["ledger"]["steps"]
+    except (KeyError, TypeError, IndexError) as error:
+        raise CheckpointError(f"{FACTS} of a checkpoint has no ledger ({brief(error)})") from error
+    if type(found) is not int:
+        raise CheckpointError(f"{FACTS} of a checkpoint counts {found!r:.40} meta-steps, which is no whole number")
+    return found
 
 
 def set_aside_after(folder: Path, step: int) -> None:
@@ -131,7 +154,8 @@ def set_aside_after(folder: Path, step: int) -> None:
     for later in steps(folder):
         if later > step:
             aside = folder / f"rejected-{later:08d}"
-            shutil.rmtree(aside, ignore_errors=True)
+            if os.path.lexists(aside):
+                _delete(aside)
             os.replace(path_of(folder, later), aside)
 
 
@@ -139,46 +163,62 @@ def prune(folder: Path, keep: int, best: int) -> None:
     """Delete all checkpoints but the newest `keep` and the one of step `best`, and leftovers of interrupted writes."""
     for step in steps(folder)[:-keep]:
         if step != best:
-            shutil.rmtree(path_of(folder, step))
+            _delete(path_of(folder, step))
     for leftover in folder.glob(".step-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def _manifest(step: int, contents: dict[str, bytes]) -> dict[str, Any]:
+def _manifest(step: int, contents: dict[str, bytes]) -> bytes:
     files = {name: {"sha256": hashlib.sha256(data).hexdigest(), "size": len(data)} for name, data in contents.items()}
-    return {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    manifest = {"format": FORMAT, "version": VERSION, "step": step, "files": files}
+    return json.dumps(manifest, indent=1, sort_keys=True).encode()
 
 
 def _verified(path: Path) -> dict[str, bytes]:
     try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        if (manifest["format"], manifest["version"]) != (FORMAT, VERSION):
+        if not path.is_dir():
+            raise CheckpointError(f"{path} is not a complete checkpoint (it is not a folder)")
+        manifest = _read(path / MANIFEST)
+        said = json.loads(manifest)
+        if (said["format"], said["version"]) != (FORMAT, VERSION):
             raise CheckpointError(
-                f"{path} has format {manifest['format']!r} version {manifest['version']!r}, this is {FORMAT!r} version {VERSION}"
+                f"{path} has format {said['format']!r:.40} version {said['version']!r:.40}, this is {FORMAT!r} version {VERSION}"
             )
         contents = {}
         for name in (TENSORS, FACTS):
-            data = (path / name).read_bytes()
-            expected = manifest["files"][name]
-            if len(data) != expected["size"]:
-                raise CheckpointError(f"{path / name} is {len(data)} bytes long, its manifest says {expected['size']}")
+            expected = said["files"][name]
+            data = contents[name] = _read(path / name, expected["size"])
             if (found := hashlib.sha256(data).hexdigest()) != expected["sha256"]:
                 raise CheckpointError(
-                    f"{path / name} has sha256 {found[:12]}, its manifest says {expected['sha256'][:12]}"
+                    f"{path / name} has sha256 {found[:12]}, its manifest says {expected['sha256'][:12]!r:.40}"
                 )
-            contents[name] = data
         if manifest != _manifest(int(path.name.removeprefix("step-")), contents):
             raise CheckpointError(f"{path / MANIFEST} does not describe the checkpoint it lies in")
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-        IsADirectoryError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ) as error:
-        raise CheckpointError(f"{path} is not a complete checkpoint ({type(error).__name__}: {error})") from error
-    except OSError as error:  # not damaged, only not to be had now: nothing older may be taken in its place
-        raise StorageError(f"{path} cannot be read ({error}); mend that and run the same command again") from error
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not a complete checkpoint ({brief(error)})") from error
+    except (OSError, MemoryError) as error:  # not damaged, only not to be had now: nothing older may take its place
+        raise StorageError(
+            f"{path} cannot be read ({brief(error)}); mend that and run the same command again"
+        ) from error
     return contents
+
+
+def _read(file: Path, size: Any = None) -> bytes:
+    """The bytes of a plain file of that size; None for what may be any size of a manifest."""
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise CheckpointError(f"{file} is a link, a folder or a device, not a file of the checkpoint's own")
+    if size is None and found.st_size > _MANIFEST_BYTES:
+        raise CheckpointError(f"{file} is {found.st_size} bytes long, no manifest has more than {_MANIFEST_BYTES}")
+    if size is not None and found.st_size != size:
+        raise CheckpointError(f"{file} is {found.st_size} bytes long, its manifest says {size!r:.40}")
+    with file.open("rb") as stream:
+        return stream.read(found.st_size)
+
+
+def _delete(path: Path) -> None:
+    """Whatever lies there; of a link only the link."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()

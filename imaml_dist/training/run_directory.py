@@ -39,6 +39,9 @@ RESUMABLE = (
 
 `run.steps` does under a schedule other than constant, and is refused then."""
 
+PLACES = ("data.url", "warm_start.path")
+"""Fields that a worker elsewhere has under other values; what lies there is compared by its content."""
+
 
 class RunDirectory:
     """Paths of a run and the small files beside its checkpoints.
@@ -175,9 +178,20 @@ class RunDirectory:
         try:
             best = int(facts["best"]["step"])
             checkpoints.load(checkpoints.path_of(self.checkpoints, best))
-        except (CheckpointError, KeyError, TypeError, ValueError):
+        except (CheckpointError, KeyError, TypeError, ValueError, OverflowError):
             return checkpoints.step_of(facts)
         return best
+
+
+def fixed_fields(config: ExperimentConfig) -> dict[str, Any]:
+    """The fields that a resumed run may not change, in JSON's types, but for places, which have many names."""
+    fixed = {field: value for field, value in flatten(config).items() if not _resumable(field) and field not in PLACES}
+    found: dict[str, Any] = json.loads(json.dumps(fixed))
+    return found
+
+
+def _resumable(field: str) -> bool:
+    return any(field == r or field.startswith(r + ".") for r in RESUMABLE)
 
 
 def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -> None:
@@ -194,9 +208,7 @@ def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -
         )
     # A kind first: the fields below it differ because of it.
     for field in sorted(before.keys() | after.keys(), key=lambda name: (not name.endswith(".kind"), name)):
-        if before.get(field) != after.get(field) and not any(
-            field == r or field.startswith(r + ".") for r in RESUMABLE
-        ):
+        if before.get(field) != after.get(field) and not _resumable(field):
             raise ConfigError(
                 f"{field}: {after.get(field)!r} given, but the run in {where} was begun with {before.get(field)!r}, and a resumed run "
                 f"may only change {', '.join(RESUMABLE)}; restore the old value, choose another --run-dir, or start over with --fresh"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from imaml_dist.errors import CheckpointError
+from imaml_dist.errors import CheckpointError, brief
 from imaml_dist.training.ledger import Ledger
 from imaml_dist.training.meta_parameters import MetaParameters
 from imaml_dist.training.outer import set_rate
@@ -29,6 +29,8 @@ class MetaState:
 
     Attributes:
         drawn_from: what episodes are drawn from and how, by name; a state saved under another one is not taken over.
+        config: fields of the configuration, by dotted name, that a resumed run may not change; neither is one taken over that
+            was saved with another value of a field that it names too.
         updates: meta-steps that were applied; the others were skipped.
         skipped_in_a_row: meta-steps skipped since the last one that was applied.
     """
@@ -36,6 +38,7 @@ class MetaState:
     parameters: MetaParameters
     optimizer: torch.optim.Optimizer
     drawn_from: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
     ledger: Ledger = field(default_factory=Ledger)
     best: Best = field(default_factory=Best)
     seconds: float = 0.0
@@ -77,6 +80,7 @@ class MetaState:
         """What is not a tensor, in JSON."""
         return {
             "drawn_from": self.drawn_from,
+            "config": self.config,
             "ledger": self.ledger.to_dict(),
             "best": asdict(self.best),
             "seconds": self.seconds,
@@ -88,28 +92,39 @@ class MetaState:
         """Take over a saved state.
 
         Raises:
-            CheckpointError: names or shapes differ from this model's or this algorithm's, or episodes were drawn from others.
+            CheckpointError: names or shapes differ from this model's or this algorithm's, a field of the configuration does, or
+                episodes were drawn from others.
         """
+        saved = {part: found if isinstance(found := facts.get(part), dict) else {} for part in ("drawn_from", "config")}
+        for name, here in self.config.items():
+            if saved["config"].get(name, here) != here:
+                raise CheckpointError(
+                    f"{name}: {here!r} here, but the checkpoint was written with {saved['config'][name]!r:.80}; it belongs to another "
+                    "run, put this run's own back, choose another --run-dir, or start over with --fresh"
+                )
         for name, here in self.drawn_from.items():
-            if (before := facts.get("drawn_from", {}).get(name)) != here:
+            if (before := saved["drawn_from"].get(name)) != here:
                 raise CheckpointError(
                     f"the run was begun with {name} {str(before)[:12]}, and here it is {str(here)[:12]}, so that other episodes would be "
                     "drawn; put the old data set back, choose another --run-dir, or start over with --fresh"
                 )
         self.parameters.load(tensors)
         try:
+            stepped = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
             slots: dict[int, dict[str, Tensor]] = {}
             for name, value in tensors.items():
                 if name.startswith("optimizer."):
                     _, number, slot = name.split(".", 2)
+                    if value.shape not in (stepped[int(number)].shape, torch.Size()):
+                        raise ValueError(f"{name} has shape {tuple(value.shape)}")
                     slots.setdefault(int(number), {})[slot] = value
             self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": slots})
             self.ledger, self.best = Ledger(**facts["ledger"]), Best(**facts["best"])
             self.seconds, self.updates = float(facts["seconds"]), int(facts["updates"])
             self.skipped_in_a_row = int(facts["skipped_in_a_row"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CheckpointError(
-                f"the checkpoint is of another version ({type(error).__name__}: {error}); start over with --fresh"
+                f"the checkpoint is of another version ({brief(error)}); start over with --fresh"
             ) from error
 
 

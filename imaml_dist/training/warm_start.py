@@ -93,21 +93,17 @@ def _read(where: Path) -> dict[str, Tensor]:
 
 
 def _read_file(where: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load as parse
-
     if where.suffix != ".safetensors":
         raise ConfigError(
             f"warm_start.path: {where} is not a .safetensors file, and nothing else is read; save the model's state_dict() with "
             "safetensors.torch.save_file"
         )
     try:
-        tensors: dict[str, Tensor] = parse(where.read_bytes())
-        return tensors
+        return checkpoints.parse_tensors(where.read_bytes())
     except OSError as error:
         raise StorageError(f"{where} cannot be read ({error}); mend that and run the same command again") from error
-    except (SafetensorError, ValueError, KeyError, RecursionError) as error:
-        raise CheckpointError(f"warm_start.path: {where} is not a whole safetensors file ({error})") from error
+    except ValueError as error:
+        raise CheckpointError(f"warm_start.path: {where} is {error}") from error
 
 
 def _fitting(where: Path, name: str, found: Tensor | None, own: Tensor) -> Tensor:
