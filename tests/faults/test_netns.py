@@ -1,6 +1,7 @@
 """Real Ray nodes on pretend machines: one is killed, cut off for good, or cut off for a while; the bits stay those of one process."""
 
 import json
+import time
 
 import pytest
 from helpers.command import Command, wait_for_step
@@ -23,8 +24,8 @@ RUN = {
     "backend": "ray",
     "workers": {"min": 1, "max": 2},
     "heartbeat_timeout": 5.0,
-    "collective_timeout": 10.0,
 }
+CUT_S = 5.0
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,15 @@ def ray(tmp_path):
 
 
 @pytest.fixture
-def training(ray, data, tmp_path):
+def patience():
+    """Seconds that a worker waits for the others."""
+    return 2 * CUT_S
+
+
+@pytest.fixture
+def training(ray, data, patience, tmp_path):
     """`imaml train` on the head, some steps into the run."""
-    config = write_config(tmp_path / "tiny.yaml", data, **RUN)
+    config = write_config(tmp_path / "tiny.yaml", data, **RUN, collective_timeout=patience)
     arguments = ("train", str(config), "--run-dir", str(tmp_path / "run"))
     inside = ray.machines.inside(HEAD)
     env = ray.env | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "10"}
@@ -77,3 +84,14 @@ def test_a_machine_that_falls_silent_for_good_is_gone_on_without(ray, training, 
     ray.machines.cut(machine)
     starts = check(training, tmp_path / "run", gold)
     assert [start["world_size"] for start in starts] == [2, 1]
+
+
+@pytest.mark.parametrize("patience", [CUT_S / 2, 2 * CUT_S], ids=["impatient", "patient"])
+@machine
+def test_a_machine_that_falls_silent_for_a_while_changes_nothing(ray, training, gold, tmp_path, machine, patience):
+    """With patience the run only stands still; without it the group is lost while its keepers cannot talk."""
+    ray.machines.cut(machine)
+    time.sleep(CUT_S)
+    ray.machines.mend(machine)
+    starts = check(training, tmp_path / "run", gold)
+    assert len(starts) > 1 or patience > CUT_S

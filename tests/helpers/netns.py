@@ -33,7 +33,18 @@ class Machines:
     def inside(self, i: int) -> list[str]:
         """What to put before a command that is to run on machine i; the command keeps its process id and its signals."""
         own_tmp_ray = 'mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray && exec "$@"'
-        return ["ip", "netns", "exec", self.names[i], "unshare", "--mount", "sh", "-c", own_tmp_ray, str(self._folders[i])]
+        return [
+            "ip",
+            "netns",
+            "exec",
+            self.names[i],
+            "unshare",
+            "--mount",
+            "sh",
+            "-c",
+            own_tmp_ray,
+            str(self._folders[i]),
+        ]
 
     def processes(self, i: int) -> list[int]:
         """That run on machine i."""
