@@ -47,6 +47,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_S))
+    from ray.exceptions import RayError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -86,7 +87,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
     )
     try:
         result = trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:  # the latter if Ray's controller of the run is lost
         raise_failure(run)
         newest = max(checkpoints.steps(run.checkpoints), default=None)
         raise TrainingError(
