@@ -45,12 +45,16 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_cluster(nodes: int) -> Iterator[RayCluster]:
-    """A head without CPUs and so many nodes with one each; all of it is gone after the block."""
+def ray_cluster(nodes: int, **faults: str) -> Iterator[RayCluster]:
+    """A head without CPUs and so many nodes with one each; all of it is gone after the block.
+
+    Args:
+        faults: more environment of the nodes, and of no client.
+    """
     env = settings()
     process = subprocess.Popen(
         [sys.executable, __file__],
-        env={**clean_environment(), "PYTHONPATH": str(ROOT), **env},
+        env={**clean_environment(), "PYTHONPATH": str(ROOT), **env, **faults},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
