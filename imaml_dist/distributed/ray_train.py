@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import ImamlError, TrainingError
 from imaml_dist.storage.local import local_path
 from imaml_dist.storage.opening import S3
+from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
@@ -27,6 +29,9 @@ RESIZE_S = 60.0
 
 GROUP_START_S = 30
 """For Ray to find room for all workers; where fewer will do, it then goes on with those that have come."""
+
+ROOM_S = 600
+"""For a node to come in the place of a lost one that the run cannot do without."""
 
 
 def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
@@ -47,6 +52,8 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_S))
+    attempts = int(ROOM_S / max(1.0, float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])))
+    from ray.exceptions import RayError
     from ray.train import BackendConfig, FailureConfig, RunConfig, ScalingConfig
     from ray.train.backend import Backend
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
@@ -62,31 +69,34 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
 
     fewest, most = config.run.bounds
     cuda = config.run.device == "cuda"
-    scratch = run.ray_scratch.resolve()
-    trainer = DataParallelTrainer(
-        keep_rank,
-        train_loop_config={
-            "config": config.model_dump(by_alias=True) | _absolute(config),
-            "run": str(run.path.resolve()),
-            "import_path": [os.getcwd()],
-            "starts": len(run.starts()),
-        },
-        backend_config=Sharing() if cuda else BackendConfig(),
-        scaling_config=ScalingConfig(
-            num_workers=fewest if fewest == most else (fewest, most),
-            elastic_resize_monitor_interval_s=RESIZE_S,
-            use_gpu=cuda,
-            resources_per_worker={"CPU": config.run.threads, **({"GPU": 1} if cuda else {})},
-        ),
-        run_config=RunConfig(
-            name=f"start-{len(run.starts()):04d}-{os.getpid()}",
-            storage_path=str(scratch),
-            failure_config=FailureConfig(max_failures=-1, controller_failure_limit=5),
-        ),
-    )
+    scratch, starts = run.ray_scratch.resolve(), len(run.starts())
+
+    def fit() -> Any:
+        return DataParallelTrainer(
+            keep_rank,
+            train_loop_config={
+                "config": config.model_dump(by_alias=True) | _absolute(config),
+                "run": str(run.path.resolve()),
+                "import_path": [os.getcwd()],
+                "starts": starts,
+            },
+            backend_config=Sharing() if cuda else BackendConfig(),
+            scaling_config=ScalingConfig(
+                num_workers=fewest if fewest == most else (fewest, most),
+                elastic_resize_monitor_interval_s=RESIZE_S,
+                use_gpu=cuda,
+                resources_per_worker={"CPU": config.run.threads, **({"GPU": 1} if cuda else {})},
+            ),
+            run_config=RunConfig(
+                name=f"start-{len(run.starts()):04d}-{os.getpid()}",
+                storage_path=str(scratch),
+                failure_config=FailureConfig(max_failures=-1, controller_failure_limit=attempts),
+            ),
+        ).fit()
+
     try:
-        result = trainer.fit()
-    except TrainingFailedError as error:
+        result = _fitted(fit, run, TrainingFailedError)
+    except (TrainingFailedError, RayError) as error:  # the latter if Ray's controller of the run is lost
         raise_failure(run)
         newest = max(checkpoints.steps(run.checkpoints), default=None)
         raise TrainingError(
@@ -97,6 +107,24 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         shutil.rmtree(scratch, ignore_errors=True)
     raise_failure(run)
     return Stop(int(result.return_value))
+
+
+def _fitted(fit: Callable[[], Any], run: RunDirectory, failed: type[Exception]) -> Any:
+    """Fit again after a failure that came after progress: Ray counts the groups it could not start over the whole run, and so would
+    forgive a long run no more of them than a short one."""
+    while True:
+        before = _reached(run)
+        try:
+            return fit()
+        except failed:
+            raise_failure(run)
+            if _reached(run) <= before or run.stop_file.exists():
+                raise
+
+
+def _reached(run: RunDirectory) -> int:
+    """Meta-steps that the metrics tell of."""
+    return max((record["step"] + 1 for record in metrics_file.read(run.metrics_file)), default=0)
 
 
 def raise_failure(run: RunDirectory) -> None:

@@ -38,7 +38,7 @@ from imaml_dist.training.state import Best, MetaState, sha256_of
 from imaml_dist.training.writer import RunWriter
 
 WRITER_WAIT_S = 60.0
-"""How long to wait for the workers of a killed driver to be gone: Ray ends them, but not at once."""
+"""How long to wait at least for the workers of a killed driver to be gone: Ray ends them, but not at once."""
 
 COMPUTING = ("seconds_data", "seconds_inner", "seconds_query", "seconds_solve")
 """What a rank does by itself in a meta-step."""
@@ -98,7 +98,9 @@ class Worker:
         """
         with ExitStack() as stack:
             stack.callback(self.dataset.close)
-            if self.group.rank == 0 and not stack.enter_context(exclusive(self.run.writer_lock, WRITER_WAIT_S)):
+            # A rank 0 on a machine that was cut off holds the lock until it has waited in vain for the others.
+            wait = max(WRITER_WAIT_S, self.config.run.collective_timeout)
+            if self.group.rank == 0 and not stack.enter_context(exclusive(self.run.writer_lock, wait)):
                 raise StorageError(
                     f"{self.run.path} is still written to by workers of an earlier start; end them and try again"
                 )

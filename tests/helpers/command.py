@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import uuid
+from collections.abc import Sequence
 from pathlib import Path
 
 from typer.testing import CliRunner
@@ -17,14 +18,18 @@ ROOT = Path(__file__).parents[2]
 
 
 class Command:
-    """A running `imaml ...`; use as a context manager, which ends it and waits for all of its processes to be gone."""
+    """A running `imaml ...`; use as a context manager, which ends it and waits for all of its processes to be gone.
 
-    def __init__(self, *args: str, cwd: Path, **env: str) -> None:
+    Args:
+        inside: a command that becomes this one, somewhere else (`helpers.netns`).
+    """
+
+    def __init__(self, *args: str, cwd: Path, inside: Sequence[str] = (), **env: str) -> None:
         self.mark = uuid.uuid4().hex
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "AWS_", "IMAML_"))}
         environment = {**clean, "IMAML_TEST_MARK": self.mark, "PYTHONPATH": str(ROOT), **env}
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "pipelines.cli", *args],
+            [*inside, sys.executable, "-m", "pipelines.cli", *args],
             cwd=cwd,
             env=environment,
             stdin=subprocess.DEVNULL,

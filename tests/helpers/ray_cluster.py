@@ -26,20 +26,35 @@ class RayCluster:
         return self._process.stdout.readline().strip()
 
 
-@contextmanager
-def ray_cluster(nodes: int) -> Iterator[RayCluster]:
-    """A head without CPUs and so many nodes with one each; all of it is gone after the block."""
-    env = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-    # A lost node is noticed sooner than after a minute.
-    env |= {
+def settings() -> dict[str, str]:
+    """The environment of all nodes and clients of a new cluster: a token of its own, and a lost node is noticed sooner than after a
+    minute."""
+    return {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_health_check_period_ms": "1000",
         "RAY_health_check_timeout_ms": "2000",
         "RAY_health_check_failure_threshold": "3",
     }
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+
+def clean_environment() -> dict[str, str]:
+    """This process's, without anything of a cluster."""
+    return {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
+
+
+@contextmanager
+def ray_cluster(nodes: int, **faults: str) -> Iterator[RayCluster]:
+    """A head without CPUs and so many nodes with one each; all of it is gone after the block.
+
+    Args:
+        faults: more environment of the nodes, and of no client.
+    """
+    env = settings()
     process = subprocess.Popen(
         [sys.executable, __file__],
-        env={**clean, "PYTHONPATH": str(ROOT), **env},
+        env={**clean_environment(), "PYTHONPATH": str(ROOT), **env, **faults},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
