@@ -66,7 +66,7 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fre
 def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool) -> bool:
     run.begin(config, fresh=fresh)
     if not fresh and _is_finished(config, run):
-        console.out.print(f"{run.path} is finished; --fresh starts over, a larger run.steps goes on")
+        console.out.print(f"{run.path} is finished; --fresh starts over, a larger run.steps goes on", soft_wrap=True)
         show_summary(run)
         return True
     tracker = mlflow_run(config, run, dataset) if config.tracking.mlflow else None

@@ -1,11 +1,16 @@
-"""The comparison of all ranks' states, every now and then: what each notes and tells, and what follows from what all have told."""
+"""The comparison of all ranks' states: what each notes and tells, and what follows from what all have told.
+
+Every meta-step all tell their courses (`agreement`). Before anything is written that lasts, and every now and then, all copy
+their states and compare the copies: what is written, and gone back to, is a copy that all agree on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from imaml_dist.config.schema import RunConfig
+from torch import Tensor
+
 from imaml_dist.distributed.agreement import Course, checksum, first_to_leave, minority
 from imaml_dist.distributed.memory import Memory
 from imaml_dist.errors import DisagreementError, TrainingError
@@ -22,43 +27,38 @@ class Comparison:
     """One rank's part in it.
 
     Args:
-        run: tells when to compare.
         rank: this one.
-        state: the meta-state, begun.
-        memory: of the state as it is now.
-        doubted: a course from here that this rank had taken, of which it is to be found out whether it was right.
+        state: the meta-state, begun, of which all ranks have seen that it is the same.
+        memory: copies the state.
+        doubted: a course that this rank had taken, of which it is to be found out whether it was right.
+
+    Attributes:
+        doubted: the same, until that is known; None if it did not begin here.
+        last_agreed: what to go back to; None while all is well.
     """
 
-    def __init__(
-        self, run: RunConfig, rank: int, state: MetaState, memory: Callable[[], Memory], doubted: Course | None
-    ) -> None:
-        self._run, self._rank, self._state, self._memory = run, rank, state, memory
-        self.doubted = doubted
-        self.begin()
+    def __init__(self, rank: int, state: MetaState, memory: Callable[[], Memory], doubted: Course | None) -> None:
+        self._rank, self._state, self._memory = rank, state, memory
+        self.doubted = doubted if doubted is not None and doubted.step == state.step else None
         self.last_agreed: Memory | None = None
-        """What to go back to; None while all is well."""
+        self.begin(memory())
 
-    def begin(self) -> None:
-        """All agree on the state as it is."""
-        self._course, self._agreed = Course(self._state.step), self._memory()
+    def begin(self, agreed: Memory) -> None:
+        """All agree on this copy of the state as it is."""
+        self._course, self._agreed = Course(self._state.step), agreed
 
     def note(self) -> None:
         """The state is as it will be stepped."""
-        self._course.sums.append(checksum(self._state.living_tensors()))
+        self._course.sums.append(_checksum(self._state.living_tensors()))
 
-    @property
-    def due(self) -> bool:
-        """Whether to compare now: also before what is written is the run's result."""
-        step, run = self._state.step, self._run
-        return bool(self._course.sums) and (
-            step % run.compare_every == 0 or step % run.checkpoint_every == 0 or step >= run.steps
-        )
+    def copy(self) -> Memory:
+        """Copy the state, and note the copy: to be told next."""
+        copied = self._memory()
+        self._course.sums.append(_checksum(copied.tensors))
+        return copied
 
     def told(self) -> list[int]:
         """This rank's columns: its course in two numbers of 32 bits, and where a doubted one left it."""
-        if not self.due:
-            return [0, 0, NOTHING_DOUBTED]
-        self.note()
         folded, left = self._course.fold(), NOTHING_DOUBTED
         if self.doubted is not None and len(self.doubted.sums) <= len(self._course.sums):
             found = self.doubted.left_at(self._course)
@@ -97,3 +97,7 @@ class Comparison:
         raise DisagreementError(
             f"{who} parameters differ at step {step}; all go back to step {begun}", self._rank in (faulty or ())
         )
+
+
+def _checksum(tensors: dict[str, Tensor]) -> int:
+    return checksum(tensor for _, tensor in sorted(tensors.items()))

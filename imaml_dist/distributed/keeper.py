@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +31,15 @@ START_S = 180.0
 
 LEAVE_S = 10.0
 """For the other keepers to see that the run has ended."""
+
+STARTS = 3
+"""Of a process, before this machine is taken for one that cannot have it."""
+
+SPARE_S = 60.0
+"""Without a spare after one was lost."""
+
+FRUITLESS = 6
+"""Generations in a row in which nothing was achieved. A run that has begun gives up sooner (`giving_up`), with more to say."""
 
 JOIN_S = 5.0
 """For a process that was joining a group which is over already."""
@@ -62,7 +72,7 @@ class RankProcess:
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             )
         self._channel = Channel(ours)
-        self._heard = self._moved = time.monotonic()
+        self._heard = time.monotonic()
         self.ready = False
         self.joining = self.member = False
         """Of a group: about to be, and until it says how that ended."""
@@ -84,15 +94,9 @@ class RankProcess:
         """Seconds since its last word."""
         return time.monotonic() - self._heard
 
-    @property
-    def still(self) -> float:
-        """Seconds since it joined its group, or got on by a meta-step."""
-        return time.monotonic() - self._moved
-
     def join(self, **order: Any) -> None:
         """Have it train in a group."""
         self.joining = self.member = True
-        self._moved = time.monotonic()
         self._channel.send(do="join", **order)
 
     def save(self) -> None:
@@ -106,7 +110,6 @@ class RankProcess:
             self._heard = time.monotonic()
             match message["said"]:
                 case "beat":
-                    self._moved = self._moved if self.step == message["step"] else self._heard
                     self.step = message["step"]
                 case "ready":
                     self.ready = True
@@ -167,6 +170,9 @@ class Keeper:
         self._pace = POLL_S * max(1.0, crew.world / 64)  # one store answers all keepers
         self._spare: RankProcess | None = None
         self._cause, self._before = "", before
+        self._has_failed = False
+        self._reached = -1
+        self._spare_from = 0.0
 
     def run(self) -> Stop | None:
         """Train to the end.
@@ -178,13 +184,25 @@ class Keeper:
             PeerLostError: another keeper is gone, or the store.
             ClusterError: no process comes up here.
         """
-        generation = 0
+        generation, best, fruitless = 0, -1, 0
         try:
             while True:
-                self._make_ready()
-                told = self._crew.gather(generation, self._cause, self._limits.collective + START_S)
-                causes = list(dict.fromkeys(cause for cause in told if cause))
+                if not self._has_failed:
+                    self._make_ready()
+                mine = [self._cause, self._has_failed, self._reached]
+                told = self._crew.gather(generation, mine, self._limits.collective + START_S)
+                causes = list(dict.fromkeys(cause for cause, _, _ in told if cause))
                 after = "; ".join(causes) or ("the connection was lost" if generation else self._before)
+                reached = max(step for _, _, step in told)
+                fruitless, best = (0, reached) if reached > best else (fruitless + 1, best)
+                if fruitless > FRUITLESS and self._crew.rank == 0:
+                    self._fail(
+                        "TrainingError",
+                        f"the workers were lost {fruitless} times before they could begin; the last time {after}",
+                    )
+                if fruitless > FRUITLESS or any(failed for _, failed, _ in told):
+                    self._crew.leave(LEAVE_S)
+                    return None
                 self._cause = ""
                 self._process.join(generation=generation, after=after, **self._order)
                 end = self._watch(generation)
@@ -202,14 +220,28 @@ class Keeper:
 
     def _make_ready(self) -> None:
         """Have a process that can join a group: the one there is, the spare, or a new one."""
-        if not self._process.alive:
+        for _ in range(STARTS):
+            if not self._process.alive:
+                self._process.kill()
+                spare, self._spare = self._spare, None
+                self._process = spare if spare is not None and spare.alive else RankProcess()
+            if self._process.wait_until_ready(START_S):
+                return
             self._process.kill()
-            self._process, self._spare = self._spare or RankProcess(), None
-        if not self._process.wait_until_ready(START_S):
-            self._process.kill()
-            raise ClusterError(
-                f"the process of rank {self._crew.rank} did not come up ({self._process.how_it_ended()}); see this worker's log of Ray"
-            )
+        raise ClusterError(
+            f"the process of rank {self._crew.rank} did not come up ({self._process.how_it_ended()}); see this worker's log of Ray"
+        )
+
+    def _tend_spare(self) -> None:
+        """Have one, and let it go if it is not well: a machine without memory for it does without for a while."""
+        if self._spare is None and time.monotonic() > self._spare_from:
+            with suppress(OSError):
+                self._spare = RankProcess()
+        elif self._spare is not None:
+            self._spare.hear(0)
+            if not self._spare.alive or self._spare.silent > max(self._limits.silence, START_S):
+                self._spare.kill()
+                self._spare, self._spare_from = None, time.monotonic() + SPARE_S
 
     def _watch(self, generation: int) -> Stop | None:
         process, crew = self._process, self._crew
@@ -224,16 +256,18 @@ class Keeper:
                         self._cause = message["why"]
                         crew.end(generation)
                     case "failed":
-                        self._failed(message["type"], message["message"])
                         crew.end(generation, failed=True)
-            if not process.alive:
+            if ended is not None:  # nobody needs it any more, unless this generation is lost
+                pass
+            elif not process.alive:
+                self._heard()
                 self._cause = self._cause or f"{self._who} ended with {process.how_it_ended()}"
                 crew.end(generation)
             elif process.silent > self._limits.silence:
                 self._lose(f"was silent for {process.silent:.1f} s")
                 crew.end(generation)
-            elif self._with_spare and self._spare is None and process.step > begun >= 0:
-                self._spare = RankProcess()  # after a first step, to which it would have been in the way
+            elif self._with_spare and process.step > begun >= 0:  # a spare is in the way of a first step
+                self._tend_spare()
             if ended is not None and crew.all_finished(generation):
                 return ended
             begun = process.step if begun < 0 else begun
@@ -244,23 +278,31 @@ class Keeper:
 
     def _left(self) -> Stop:
         """Wait until the process has left a group that is over: it finds out as the others close their connections."""
-        process = self._process
+        process, since = self._process, time.monotonic()
         while process.alive and process.member:
             self._heard()
+            waited = time.monotonic() - since
             longest = JOIN_S if process.joining else self._limits.collective + JOIN_S
-            if process.silent > self._limits.silence or process.still > longest:
-                self._lose(f"did not get on for {process.still:.0f} s, nor leave its group")
+            if process.silent > self._limits.silence or waited > longest:
+                self._lose(f"did not leave its group for {waited:.0f} s")
         return self._LOST
 
     def _heard(self) -> list[Message]:
         """What the process says; one that has crashed or is at fault is not trusted with another group."""
         news = self._process.hear(self._pace)
+        self._reached = max(self._reached, self._process.step)
         for message in news:
             if message["said"] == "crashed":
                 self._lose(f"crashed ({message['why']})")
             elif message["said"] == "faulty":
                 self._lose("was replaced")
+            elif message["said"] == "failed":
+                self._fail(message["type"], message["message"])
         return news
+
+    def _fail(self, kind: str, message: str) -> None:
+        self._has_failed = True
+        self._failed(kind, message)
 
     def _lose(self, why: str) -> None:
         self._cause = f"{self._who} {why}"

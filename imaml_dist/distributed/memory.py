@@ -41,6 +41,11 @@ class Memory:
         """Committed meta-steps."""
         return checkpoints.step_of(self.facts)
 
+    @property
+    def written(self) -> int:
+        """Meta-steps whose metrics are surely written."""
+        return self.step if self.record is None else int(self.record["step"])
+
 
 def newest(group: Group, mine: Memory | None) -> Memory | None:
     """The newest that any rank remembers, on every rank; None if none remembers anything.

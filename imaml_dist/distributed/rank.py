@@ -111,6 +111,9 @@ class Rank:
         try:
             with losses():
                 store = TCPStore(order["host"], order["port"], is_master=False, timeout=limit)
+                _wait_for_all(store, order)
+                # A group that could not be made leaves this count, which is a part of the next one's names in the store.
+                dist.distributed_c10d._world.group_count = 0
                 dist.init_process_group(
                     order["backend"],
                     store=PrefixStore(f"group/{order['generation']}", store),
@@ -125,8 +128,23 @@ class Rank:
         finally:
             if worker is not None:
                 self._memory = worker.memory()
+            worker = self._worker = None  # the next one needs its memory
             with suppress(Exception):  # closes the connections, which tells the others
                 dist.destroy_process_group()
+
+
+def _wait_for_all(store: TCPStore, order: Message) -> None:
+    """Make no group before all are here: making it cannot be broken off when one of them is lost.
+
+    Raises:
+        PeerLostError: this generation is over.
+    """
+    here, over = f"{order['generation']}/here", f"{order['generation']}/over"
+    store.set(f"{here}/{order['rank']}", "")
+    while not store.check([f"{here}/{rank}" for rank in range(order["world"])]):
+        if store.check([over]):
+            raise PeerLostError("another worker is gone")
+        time.sleep(0.02 * max(1.0, order["world"] / 64))
 
 
 def _end_with_parent() -> None:

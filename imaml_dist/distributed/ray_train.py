@@ -51,6 +51,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         TrainingError: Ray itself gave up.
     """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "1")
+    os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(int(max(60.0, config.run.collective_timeout))))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_S))
     attempts = int(ROOM_S / max(1.0, float(os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"])))
     from ray.exceptions import RayError
@@ -113,18 +114,13 @@ def _fitted(fit: Callable[[], Any], run: RunDirectory, failed: type[Exception]) 
     """Fit again after a failure that came after progress: Ray counts the groups it could not start over the whole run, and so would
     forgive a long run no more of them than a short one."""
     while True:
-        before = _reached(run)
+        before = metrics_file.reached(run.metrics_file)
         try:
             return fit()
         except failed:
             raise_failure(run)
-            if _reached(run) <= before or run.stop_file.exists():
+            if metrics_file.reached(run.metrics_file) <= before or run.stop_file.exists():
                 raise
-
-
-def _reached(run: RunDirectory) -> int:
-    """Meta-steps that the metrics tell of."""
-    return max((record["step"] + 1 for record in metrics_file.read(run.metrics_file)), default=0)
 
 
 def raise_failure(run: RunDirectory) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,10 @@ def keep_rank(payload: dict[str, Any]) -> int:
     run = RunDirectory(Path(payload["run"]))
 
     def failed(kind: str, message: str) -> None:
-        run.write_json(run.failure_file, {"type": kind, "message": message})
+        try:
+            run.write_json(run.failure_file, {"type": kind, "message": message})
+        except OSError as error:  # a full disk may be the very failure
+            print(f"{kind}: {message} (which cannot be written: {error})", file=sys.stderr, flush=True)
 
     if run.failure_file.exists():  # Ray restarts the group after any error; one that will only repeat itself ends here
         return int(Stop.INTERRUPTED)

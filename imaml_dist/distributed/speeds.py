@@ -25,6 +25,7 @@ class Speeds:
         self.deal: Deal = even_deal(world, chunks)
         self._chunks = chunks
         self._each: list[list[float]] = [[] for _ in range(world)]
+        self._known = [0.0] * world
 
     def took(self, seconds: Sequence[float]) -> None:
         """What every rank needed for its chunks of a meta-step."""
@@ -33,14 +34,18 @@ class Speeds:
                 times.append(spent / len(held))
 
     def deal_anew(self) -> None:
-        """Deal by speed if that pays. Of each rank's times the median counts; a rank that had nothing to do is taken for an average one."""
-        medians = [sorted(times)[len(times) // 2] if times else 0.0 for times in self._each]
+        """Deal by speed if that pays.
+
+        Of each rank's times the median counts. One that had nothing to do is taken to have become twice as fast, so that it is tried
+        again some time; where nothing is known of it, to be as fast as the fastest.
+        """
+        for rank, times in enumerate(self._each):
+            self._known[rank] = sorted(times)[len(times) // 2] if times else self._known[rank] / 2
         self._each = [[] for _ in self._each]
-        known = [each for each in medians if each > 0]
+        known = [each for each in self._known if each > 0]
         if not known:
             return
-        average = sum(known) / len(known)
-        seconds = [each if each > 0 else average for each in medians]
+        seconds = [each if each > 0 else min(known) for each in self._known]
         better = deal_by_speed(seconds, self._chunks)
         if duration(better, seconds) < GAIN * duration(self.deal, seconds):
             self.deal = better

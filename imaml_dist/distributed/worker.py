@@ -6,7 +6,6 @@ is lost, what a worker remembers lets the next group go on where this one ended 
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import ExitStack, suppress
 from dataclasses import replace
@@ -19,22 +18,22 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.philox import SPEC_VERSION
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, read_ahead
 from imaml_dist.distributed.comparison import COLUMNS, Comparison
-from imaml_dist.distributed.giving_up import getting_on, not_stuck
+from imaml_dist.distributed.giving_up import not_stuck
 from imaml_dist.distributed.group import Group, first_rank_decides
-from imaml_dist.distributed.memory import Memory, newest
+from imaml_dist.distributed.memory import Memory
 from imaml_dist.distributed.meta_step import MetaStep
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
+from imaml_dist.distributed.resumption import resume
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.traffic import Traffic
-from imaml_dist.errors import CheckpointError, StorageError, TrainingError
+from imaml_dist.errors import StorageError
 from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
-from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.outer import make_optimizer
 from imaml_dist.training.profile import StepProfile
 from imaml_dist.training.run_directory import RunDirectory, fixed_fields
-from imaml_dist.training.state import Best, MetaState, sha256_of
+from imaml_dist.training.state import Best, MetaState
 from imaml_dist.training.writer import RunWriter
 
 WRITER_WAIT_S = 60.0
@@ -80,6 +79,7 @@ class Worker:
         self._record: metrics_file.Record | None = None
         self._comparison: Comparison | None = None  # once the loop has begun
         self._saved = time.monotonic()
+        self._saving = False
         self._traffic = Traffic(self.dataset.cached)
         watch = config.run.profile > 0 and group.rank == 0
         self._profile = StepProfile(config.run.profile, run) if watch else None
@@ -121,9 +121,11 @@ class Worker:
         return Memory(self.state.tensors(), self.state.facts(), self._record)
 
     def _train(self) -> Stop:
-        self._resume()
+        taken = resume(self.config, self.run, self.group, self.learner, self.state, self._memory, self._after)
+        # What was not taken is not to be trusted by a later group either.
+        self._record, self._memory = (None, None) if taken is None else (taken.record, self._memory)
         doubted = None if self._memory is None else self._memory.doubted
-        self._comparison = Comparison(self.config.run, self.group.rank, self.state, self._as_memory, doubted)
+        self._comparison = Comparison(self.group.rank, self.state, self._as_memory, doubted)
         pen = RunWriter(self.run, self.config.run.keep) if self.group.rank == 0 else None
         try:
             stop = self._steps(pen)
@@ -136,7 +138,8 @@ class Worker:
     def _steps(self, pen: RunWriter | None) -> Stop:
         began, earlier = time.monotonic(), self.state.seconds
         # The last step of a lost group is ended again: who knows how far its writer had come.
-        stop = self._agree({}) if self._record is None else self._end_step(self._record, pen)
+        stop = self._agree() if self._record is None else self._end_step(self._record, pen, again=True)
+        stop = Stop.PLATEAU if stop is Stop.NOT_YET and self._on_plateau() else stop
         while stop is Stop.NOT_YET:
             deal = self._meta.deal
             with read_ahead(self.config, self.train_source, self._meta.requests()) as self._episodes:
@@ -147,77 +150,36 @@ class Worker:
                     stop = self._end_step(self._record, pen)
         return stop
 
-    def _end_step(self, record: metrics_file.Record, pen: RunWriter | None) -> Stop:
+    def _end_step(self, record: metrics_file.Record, pen: RunWriter | None, again: bool = False) -> Stop:
         """What follows a committed meta-step: a word with the others, validation, metrics, a checkpoint; may be done again."""
         assert self._comparison is not None
-        compared = self._comparison.due
-        stop = self._agree(record)
+        stop = self._agree(None if again else record)
         if self.state.step % self.config.validation.every == 0 or stop in (Stop.STEPS, Stop.SECONDS):
             self._validate(record)
             stop = Stop.PLATEAU if stop is Stop.NOT_YET and self._on_plateau() else stop
+        kept = self._is_kept(stop)
+        agreed = self._agreed_copy() if kept or self.state.step % self.config.run.compare_every == 0 else None
         if pen is not None:
-            self._write(record, stop, pen)
-        if compared:
-            self._comparison.begin()
+            self._write(record, agreed if kept else None, pen)
+        if agreed is not None:
+            self._comparison.begin(agreed)
+        if self.state.step % self.config.run.compare_every == 0:
             self._meta.deal_anew()
         return stop
 
-    def _resume(self) -> None:
-        """Take over what the survivors of a lost group remember, else the newest checkpoint that verifies, else the warm start, and
-        make sure that all ranks begin alike."""
-        rejected: list[str] = []
-        warm: str | None = None
-        first_rank_decides(self.group, lambda: getting_on(self.run, self._after))
-        remembered = newest(self.group, self._memory)
-        if remembered is not None:
-            self.state.restore(remembered.tensors, remembered.facts)
-            self._record = remembered.record
-        elif (found := first_rank_decides(self.group, lambda: self._newest_checkpoint(rejected))) > 0:
-            self.state.restore(*checkpoints.load(checkpoints.path_of(self.run.checkpoints, found)))
-        elif self.config.warm_start.path is not None:
-            warm = self._warm_start(self.config.warm_start.path)
-        digest = int(sha256_of(self.state.tensors())[:15], 16)
-        begun = self.group.gather(torch.tensor([os.getpid(), digest], dtype=torch.int64))
-        if len({int(b[1]) for b in begun}) > 1:
-            raise TrainingError(
-                "the workers do not begin with the same meta-parameters; a model factory must build the same network everywhere "
-                "(seed it from torch alone), and all workers must run on one kind of machine"
-            )
-        if self.group.rank == 0:
-            # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
-            checkpoints.set_aside_after(self.run.checkpoints, self.state.step)
-            written = self.state.step if self._record is None else self._record["step"]
-            reached = metrics_file.reached(self.run.metrics_file)
-            metrics_file.rewind(self.run.metrics_file, written)
-            facts = {
-                "step": self.state.step,
-                "reached": reached,
-                "world_size": self.group.world,
-                "pids": [int(b[0]) for b in begun],
-            }
-            facts |= {"from": "memory"} if remembered is not None else {}
-            facts |= {"after": self._after} if self._after else {}
-            facts |= {"rejected": rejected} if rejected else {}
-            facts |= {"warm_start": {"path": self.config.warm_start.path, "sha256": warm}} if warm else {}
-            self.run.record_start(facts)
+    def _is_kept(self, stop: Stop) -> bool:
+        """Whether there is to be a checkpoint of this step; the same on every rank."""
+        step = self.state.step
+        due = self._saving or step % self.config.run.checkpoint_every == 0 or self.state.best.step == step
+        return due or stop is not Stop.NOT_YET
 
-    def _warm_start(self, path: str) -> str:
-        """Begin with the model of another run: every rank reads it for itself, and must read what rank 0 reads."""
-
-        def read() -> str:
-            return warm_start.load_into(self.learner.model, path, self.config.warm_start.skip)
-
-        expected, digest = first_rank_decides(self.group, lambda: int(read()[:15], 16)), read()
-        if int(digest[:15], 16) != expected:
-            raise CheckpointError(
-                f"warm_start.path: {path} is not the same for all workers; put it on storage that they share, "
-                "and let no run write to it"
-            )
-        return digest
-
-    def _newest_checkpoint(self, rejected: list[str]) -> int:
-        loaded = checkpoints.load_newest(self.run.checkpoints, rejected.append)
-        return 0 if loaded is None else checkpoints.step_of(loaded[1])
+    def _agreed_copy(self) -> Memory:
+        """A copy of the state, which is that of all ranks."""
+        assert self._comparison is not None
+        copied = self._comparison.copy()
+        rows = self.group.gather(torch.tensor(self._comparison.told(), dtype=torch.float64))
+        self._comparison.judge([row.tolist() for row in rows])
+        return copied
 
     def _should_stop(self) -> Stop:
         """This rank's opinion; `_agree` makes one of all."""
@@ -228,36 +190,43 @@ class Worker:
         limit = self.config.run.max_seconds
         if limit is not None and self.group.rank == 0 and self.state.seconds >= limit:
             return Stop.SECONDS
-        return Stop.PLATEAU if self._on_plateau() else Stop.NOT_YET
+        return Stop.NOT_YET
 
     def _on_plateau(self) -> bool:
         """The same on every rank."""
         return self.config.validation.on_plateau(self.state.step, self.state.best.step)
 
-    def _agree(self, record: metrics_file.Record) -> Stop:
+    def _agree(self, record: metrics_file.Record | None = None) -> Stop:
         """The opinion of all about the end. What all have done and asked of storage since the last time is added to the record.
 
         A request of any rank to save now becomes one of all.
         """
-        computing = sum(record.get(phase, 0.0) for phase in COMPUTING)
         assert self._comparison is not None
+        computing = sum((record or {}).get(phase, 0.0) for phase in COMPUTING)
+        asked, self.save_now = self.save_now or self._is_long_ago(), False
         said = [
             int(self._should_stop()),
-            self.save_now,
+            int(asked),
             computing,
             *self._comparison.told(),
             *self._traffic.since_last(),
         ]
         rows = [row.tolist() for row in self.group.gather(torch.tensor(said, dtype=torch.float64))]
         self._comparison.judge([row[3:] for row in rows])
-        self.save_now = any(row[1] for row in rows)
-        times = [row[2] for row in rows]
-        record |= self._traffic.summed([row[3 + COLUMNS :] for row in rows])
-        if record and self.group.world > 1:
+        self._saving = any(row[1] for row in rows)
+        if record is not None:
+            record |= self._traffic.summed([row[3 + COLUMNS :] for row in rows])
+        if record is not None and self.group.world > 1:
+            times = [row[2] for row in rows]
             self._meta.took(times)
             slowest = times.index(max(times))
             record |= {"seconds_fastest_rank": min(times), "seconds_slowest_rank": max(times), "slowest_rank": slowest}
         return Stop(int(max(row[0] for row in rows)))
+
+    def _is_long_ago(self) -> bool:
+        """Whether rank 0 has not had a checkpoint written for too many minutes."""
+        most = self.config.run.checkpoint_minutes
+        return self.group.rank == 0 and most is not None and time.monotonic() - self._saved >= 60 * most
 
     @cached_property
     def _meta(self) -> MetaStep:
@@ -295,17 +264,12 @@ class Worker:
         if result.mean > self.state.best.accuracy:
             self.state.best = Best(self.state.step, result.mean)
 
-    def _write(self, record: metrics_file.Record, stop: Stop, pen: RunWriter) -> None:
-        run, step = self.config.run, self.state.step
+    def _write(self, record: metrics_file.Record, kept: Memory | None, pen: RunWriter) -> None:
         if pen.failures:
             record |= {"failed_writes": pen.failures}
         pen.record(record)
-        minutes = (time.monotonic() - self._saved) / 60
-        due = step % run.checkpoint_every == 0 or (
-            run.checkpoint_minutes is not None and minutes >= run.checkpoint_minutes
-        )
-        if due or self.save_now or self.state.best.step == step or stop is not Stop.NOT_YET:
-            pen.checkpoint(step, self.state.tensors(), self.state.facts(), self.state.best.step)
+        if kept is not None:
+            pen.checkpoint(kept.step, kept.tensors, kept.facts, self.state.best.step)
             self._saved = time.monotonic()
 
 

@@ -53,4 +53,4 @@ class Ledger:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON form."""
-        return {"steps": self.steps, "tasks": self.tasks, "excluded": self.excluded, "digest": self.digest}
+        return {"steps": self.steps, "tasks": self.tasks, "excluded": list(self.excluded), "digest": self.digest}

@@ -62,19 +62,16 @@ class MetaState:
         """Count a meta-step that is not applied: parameters, optimiser and schedule stand still."""
         self.skipped_in_a_row += 1
 
-    def living_tensors(self) -> list[Tensor]:
-        """Meta-parameters and optimiser in a fixed order, as they are, not copies."""
-        parameters = (p for group in self.optimizer.param_groups for p in group["params"])
-        # By name: a restored state has its entries in an order of its own.
-        slots = (value for p in parameters for _, value in sorted(self.optimizer.state.get(p, {}).items()))
-        return [*self.parameters.tensors().values(), *(value for value in slots if isinstance(value, Tensor))]
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Those of the meta-parameters and `optimizer.<parameter number>.<name>`: copies on the CPU, tied weights twice."""
+    def living_tensors(self) -> dict[str, Tensor]:
+        """Those of the meta-parameters and `optimizer.<parameter number>.<name>`, as they are: not copies."""
         named = self.parameters.tensors()
         for number, slots in self.optimizer.state_dict()["state"].items():
             named |= {f"optimizer.{number}.{name}": value for name, value in slots.items() if isinstance(value, Tensor)}
-        return {name: value.detach().to("cpu").contiguous().clone() for name, value in named.items()}
+        return named
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The same as copies on the CPU, tied weights twice."""
+        return {name: value.detach().to("cpu").contiguous().clone() for name, value in self.living_tensors().items()}
 
     def facts(self) -> dict[str, Any]:
         """What is not a tensor, in JSON."""

@@ -97,7 +97,7 @@ class RunWriter:
                 closing, self._new = self._closing, False
                 taken, self._owed = self._owed, []
             try:
-                failed = [one for one in taken if not self._is_written(one)]
+                failed = self._unwritten(taken)
             except Exception as error:  # a defect of ours: told by the next call, not lost in this thread
                 self._broken = error
                 return
@@ -105,7 +105,16 @@ class RunWriter:
                 newer = self._owed
                 self._owed = [one for one in failed if not newer or one.step == newer[-1].best] + newer
 
+    def _unwritten(self, taken: list[_Checkpoint]) -> list[_Checkpoint]:
+        """Write one after the other up to the first that fails: no newer one may push out an older best one in place of this."""
+        for number, one in enumerate(taken):
+            if not self._is_written(one):
+                return taken[number:]
+        return []
+
     def _is_written(self, one: _Checkpoint) -> bool:
+        if self._lines:  # never a checkpoint ahead of its metrics
+            return False
         try:
             metrics_file.make_durable(self._run.metrics_file)
             checkpoints.save(self._run.checkpoints, one.step, one.tensors, one.facts)

@@ -78,7 +78,9 @@ def test_a_killed_worker_changes_nothing(config, gold, tmp_path, rank):
         start = json.loads((tmp_path / "run" / "starts.jsonl").read_text().splitlines()[0])
         os.kill(start["pids"][rank], signal.SIGKILL)
         assert command.wait() == 0, command.output
-    assert f"rank {rank} (process {start['pids'][rank]}) ended with signal SIGKILL; going on from step" in command.output
+    assert (
+        f"rank {rank} (process {start['pids'][rank]}) ended with signal SIGKILL; going on from step" in command.output
+    )
     summary, found = result(config)
     assert found == gold
     assert summary["restarts"] == 1

@@ -2,7 +2,8 @@
 
 `SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`, a signal being FLIP and HANG, too.
 Each happens once, in whichever process gets there first.
-A place is a phase of a meta-step, or `commit-N` for the N-th write to disk of a checkpoint.
+A place is a phase of a meta-step, or `commit-N` for the N-th write to disk of a checkpoint of that step or a later one (not every
+one that is due is written).
 """
 
 import json
@@ -30,17 +31,17 @@ def install(plan_file: Path) -> None:
     plan = [tuple(entry) for entry in json.loads(plan_file.read_text())]
     workers: list[Worker] = []
 
-    def reach(place: str, step: int | None = None) -> None:
+    def reach(place: str, step: int | None = None, later: bool = False) -> None:
         if not workers:
             return
         worker = workers[-1]
         here = (worker.group.rank, worker.state.step if step is None else step, place)
         for entry in plan:
             if entry[3] == SLOW and here[0] == entry[0] and place == entry[2]:
-                time.sleep(0.05)
-            elif entry[:3] == here:
+                time.sleep(0.25)
+            elif entry[0] == here[0] and entry[2] == place and (entry[1] == here[1] or (later and entry[1] < here[1])):
                 try:
-                    os.close(os.open(f"{plan_file}.{'-'.join(map(str, here))}", os.O_CREAT | os.O_EXCL))
+                    os.close(os.open(f"{plan_file}.{'-'.join(map(str, entry))}", os.O_CREAT | os.O_EXCL))
                 except FileExistsError:
                     continue
                 if entry[3] == HANG:
@@ -88,13 +89,17 @@ def install(plan_file: Path) -> None:
     before(writer.RunWriter, "record", "report", previous_step=True)
     before(checkpoints, "save", "checkpoint", previous_step=True)
 
-    writes = 0
+    # A checkpoint is written in the background, when the worker has gone on already.
+    saving, writes = None, 0
     save = checkpoints.save
 
-    def counted_save(*args):
-        nonlocal writes
-        writes = 0
-        return save(*args)
+    def counted_save(folder, step, *args):
+        nonlocal saving, writes
+        saving, writes = step - 1, 0
+        try:
+            return save(folder, step, *args)
+        finally:
+            saving = None
 
     checkpoints.save = counted_save
     for owner, name in (
@@ -107,8 +112,8 @@ def install(plan_file: Path) -> None:
 
         def counted(*args, original=original):
             nonlocal writes
-            if threading.current_thread().name == "writer":
-                reach(f"commit-{writes}", workers[-1].state.step - 1)
+            if saving is not None and threading.current_thread().name == "writer":
+                reach(f"commit-{writes}", saving, later=True)
                 writes += 1
             return original(*args)
 

@@ -205,5 +205,12 @@ def test_a_rank_that_had_nothing_to_do_is_tried_again():
     assert [len(held) for held in speeds.deal] == [0, 1, 1]
     speeds.took((0.0, 1.0, 9.0))
     speeds.deal_anew()
-    assert sum(map(len, speeds.deal)) == 2
-    assert len(speeds.deal[2]) == 0
+    assert [len(held) for held in speeds.deal] == [1, 1, 0]
+    for _ in range(3):
+        speeds.took((1.0, 1.0, 0.0))
+        speeds.deal_anew()
+    assert len(speeds.deal[2]) == 0, "it was nine times as slow"
+    for _ in range(3):
+        speeds.took((1.0, 3.0, 0.0))
+        speeds.deal_anew()
+    assert len(speeds.deal[2]) == 1

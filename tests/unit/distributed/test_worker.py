@@ -15,6 +15,7 @@ from imaml_dist.distributed.group import Alone
 from imaml_dist.distributed.meta_test import shared_accuracy
 from imaml_dist.distributed.ray_train import _absolute
 from imaml_dist.distributed.reduction import tree_sum
+from imaml_dist.distributed.resumption import resume
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import CheckpointError, ConfigError, InputError, TrainingError
@@ -32,6 +33,11 @@ def begun(config, path):
     run = RunDirectory(path)
     run.begin(config)
     return run
+
+
+def begin(worker):
+    """Bring the worker to where it begins."""
+    resume(worker.config, worker.run, worker.group, worker.learner, worker.state, None, None)
 
 
 def records(path):
@@ -139,7 +145,7 @@ def test_a_run_begins_with_the_parameters_of_a_run_a_checkpoint_or_a_file(data, 
         config = tiny(data, *ALONE, f"warm_start.path={place}", steps=1)
         run = begun(config, tmp_path / f"run-{number}")
         worker = Worker(config, run, Alone())
-        worker._resume()
+        begin(worker)
         assert model_hash(worker.state.tensors()) == model_hash(tensors)
         assert worker.state.updates == worker.state.step == 0
         assert not worker.state.optimizer.state, "the optimiser begins afresh"
@@ -152,7 +158,7 @@ def test_skipped_layers_keep_the_initial_values_of_the_run(data, tmp_path, sourc
     worker = Worker(config, begun(config, tmp_path / "run"), Alone())
     head = {n: v.clone() for n, v in worker.learner.model.state_dict().items() if n.startswith("head")}
     assert head, "conv4 has a head"
-    worker._resume()
+    begin(worker)
     warm, there = worker.learner.model.state_dict(), tensors_of(source)
     for name, value in warm.items():
         assert torch.equal(value, head.get(name, there[f"model.{name}"])), name
