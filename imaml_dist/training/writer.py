@@ -44,7 +44,7 @@ class RunWriter:
         self._reason = ""
         self._lines: list[metrics_file.Record] = []
         self._owed: list[_Checkpoint] = []
-        self._new = self._closing = False
+        self._new = self._closing = self._behind = False
         self._broken: Exception | None = None
         self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._loop, name="writer", daemon=True)
@@ -78,12 +78,12 @@ class RunWriter:
         Raises:
             StorageError: something cannot be written; what was written before is untouched.
         """
+        self._write_lines()
         with self._changed:
             self._closing = True
             self._changed.notify()
         self._thread.join()
         self._raise_if_broken()
-        self._write_lines()
         if self._owed or self._lines:
             raise StorageError(
                 f"{self._run.path} cannot be written ({self._reason}); free space and run the same command again to resume"
@@ -113,7 +113,7 @@ class RunWriter:
         return []
 
     def _is_written(self, one: _Checkpoint) -> bool:
-        if self._lines:  # never a checkpoint ahead of its metrics
+        if self._behind:  # never a checkpoint ahead of its metrics
             return False
         try:
             metrics_file.make_durable(self._run.metrics_file)
@@ -129,7 +129,9 @@ class RunWriter:
             while self._lines:
                 metrics_file.append(self._run.metrics_file, self._lines[0])
                 del self._lines[0]
+            self._behind = False
         except OSError as error:
+            self._behind = True
             self._failed(error)
 
     def _failed(self, error: OSError) -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.crew import Keepers
 from helpers.runs import fingerprint, tiny, train_alone
@@ -159,6 +160,54 @@ def test_a_slow_rank_is_named_and_given_less_to_do_and_the_bits_stay(data, gold,
     assert records[4]["chunks_most"] > 2
 
 
+def spares(keepers):
+    """Processes of ranks that wait, ready: they listen and beat."""
+    living = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
+    found = [child for child in living if "imaml_dist.distributed.rank" in child.cmdline()]
+    return [child.pid for child in found if child.pid not in keepers.pids() and child.num_threads() >= 3]
+
+
+@pytest.mark.slow
+def test_spares_that_died_are_not_used(data, gold, tmp_path, sabotage):
+    sabotage((0, 0, "data", SLOW))  # until the spares are there
+    config = configured(data, deal="even")
+    with Keepers(config, begun(config, tmp_path / "run"), 2) as keepers:
+        keepers.wait(lambda: keepers.run.starts() and len(spares(keepers)) == 2)
+        for pid in [*spares(keepers), keepers.pids()[1]]:
+            os.kill(pid, signal.SIGKILL)
+    assert keepers.results == [Stop.STEPS, Stop.STEPS], keepers.failures
+    check(tmp_path / "run", gold)
+    assert [start.get("from") for start in keepers.run.starts()] == [None, "memory"]
+
+
+@pytest.mark.slow
+def test_a_rank_lost_while_the_next_group_is_made_costs_the_survivor_nothing(data, gold, tmp_path, sabotage):
+    """The spare that takes the lost one's place is stopped before it can: the others wait for it outside of any group."""
+    sabotage((0, 0, "data", SLOW))
+    config = configured(data, deal="even")
+    with Keepers(config, begun(config, tmp_path / "run"), 2, silence=2.0) as keepers:
+        keepers.wait(lambda: keepers.run.starts() and len(spares(keepers)) == 2)
+        for pid in spares(keepers):
+            os.kill(pid, signal.SIGSTOP)
+        first = keepers.pids()
+        os.kill(first[1], signal.SIGKILL)
+    check(tmp_path / "run", gold)
+    last = keepers.run.starts()[-1]
+    assert last["from"] == "memory"
+    assert last["pids"][0] == first[0]
+
+
+def test_a_failure_of_rank_0_stands_although_the_other_rank_says_first_that_it_lost_it(data, tmp_path):
+    path, config = begun(configured(data), tmp_path / "run"), configured(data)
+    (path / "checkpoints" / "step-00000002").mkdir(parents=True)
+    keepers = Keepers(config, path, 2, slow_to_tell=0.5)
+    with keepers:
+        pass
+    assert keepers.results == [None, None]
+    assert [kind for kind, _ in keepers.failures] == ["CheckpointError"]
+    assert keepers.run.starts() == []
+
+
 def test_sigterm_has_a_checkpoint_written_at_once(data, tmp_path):
     config = configured(data, steps=100_000, checkpoint_every=100_000)
     with Keepers(config, begun(config, tmp_path / "run"), 2) as keepers:
@@ -167,6 +216,9 @@ def test_sigterm_has_a_checkpoint_written_at_once(data, tmp_path):
         keepers.wait(lambda: checkpoints.steps(run.checkpoints) == [3])
         os.kill(keepers.pids()[1], signal.SIGTERM)
         keepers.wait(lambda: checkpoints.steps(run.checkpoints)[-1] > 3)
+        (_, saved) = checkpoints.steps(run.checkpoints)
+        keepers.wait_for_step(saved + 5)
+        assert checkpoints.steps(run.checkpoints) == [3, saved], "once"
         run.request_stop()
     assert keepers.results == [Stop.INTERRUPTED, Stop.INTERRUPTED]
     assert len(run.starts()) == 1, "and it trains on"

@@ -18,8 +18,17 @@ HERE = "127.0.0.1"
 class Keepers:
     """Trains a begun run; use as a context manager, which waits for the end."""
 
-    def __init__(self, config: Any, path: Path, world: int, *, silence: float = 5.0, collective: float = 30.0) -> None:
-        self.run = RunDirectory(path)
+    def __init__(
+        self,
+        config: Any,
+        path: Path,
+        world: int,
+        *,
+        silence: float = 5.0,
+        collective: float = 30.0,
+        slow_to_tell: float = 0.0,
+    ) -> None:
+        self.run, self._slow_to_tell = RunDirectory(path), slow_to_tell
         self.failures: list[tuple[str, str]] = []
         self.results: list[Stop | BaseException | None] = [None] * world
         store, port = open_store(HERE)
@@ -43,10 +52,14 @@ class Keepers:
 
     def _keep(self, crew: Crew, order: dict[str, Any], limits: Limits) -> None:
         try:
-            keeper = Keeper(RankProcess(), crew, order, limits, lambda *failure: self.failures.append(failure))
+            keeper = Keeper(RankProcess(), crew, order, limits, self._failed)
             self.results[crew.rank] = keeper.run()
         except BaseException as error:
             self.results[crew.rank] = error
+
+    def _failed(self, kind: str, message: str) -> None:
+        time.sleep(self._slow_to_tell)
+        self.failures.append((kind, message))
 
     def __enter__(self) -> "Keepers":
         for thread in self._threads:

@@ -135,3 +135,13 @@ def test_ledger_refuses_gaps_and_repetitions():
     for step in (2, 4):
         with pytest.raises(ValueError, match="the next one is 3"):
             ledger.commit(step, [0])
+
+
+def test_what_a_ledger_told_does_not_change_as_it_goes_on():
+    """It is written while the next steps are committed."""
+    ledger = _state().ledger
+    ledger.commit(3, [0, 1])
+    told = ledger.to_dict()
+    ledger.commit(4, [1, 1])
+    assert told["excluded"][-1] == [3, 1, 1]
+    assert told["steps"] == 4

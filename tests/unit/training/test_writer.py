@@ -3,6 +3,7 @@
 import json
 import resource
 import threading
+import time
 from contextlib import contextmanager
 
 import pytest
@@ -57,14 +58,19 @@ def lines(run):
     return [json.loads(line)["step"] for line in run.metrics_file.read_text().splitlines()]
 
 
+def until(condition):
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
 def settled(pen, failures):
-    while pen.failures < failures:
-        threading.Event().wait(0.01)
+    until(lambda: pen.failures >= failures)
 
 
 def written(run, step):
-    while checkpoints.steps(run.checkpoints) != [step]:
-        threading.Event().wait(0.01)
+    until(lambda: checkpoints.steps(run.checkpoints) == [step])
 
 
 def test_everything_is_on_disk_when_it_is_closed(run):
@@ -81,8 +87,7 @@ def test_no_step_waits_for_a_slow_disk_and_of_those_that_wait_the_best_and_the_n
     pen = RunWriter(run, keep=9)
     with slow_disk(monkeypatch):
         write(pen, 1)
-        while pen._owed:  # the thread has begun with it
-            threading.Event().wait(0.01)
+        until(lambda: not pen._owed)  # the thread has begun with it
         write(pen, 2, best=1)
         write(pen, 3, 4, 5, best=3)
         assert checkpoints.steps(run.checkpoints) == []
@@ -100,7 +105,7 @@ def test_a_full_disk_that_is_freed_costs_nothing_that_is_needed(run):
         write(pen, 2, best=2)
         settled(pen, 1)
         write(pen, 3, best=2)
-        settled(pen, 3)
+        settled(pen, 2)
     assert checkpoints.steps(run.checkpoints) == [1]
     write(pen, 4, best=2)
     pen.close()
@@ -142,3 +147,32 @@ def test_a_defect_of_ours_is_not_lost_in_the_thread(run):
     pen.checkpoint(1, {"x": "no tensor"}, {}, -1)
     with pytest.raises((TypeError, ValueError, AttributeError)):
         pen.close()
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_not_pushed_out_by_a_newer_one(run):
+    """The best one is larger here: the disk has room for the newer one alone, whose pruning would delete the best before."""
+    pen = RunWriter(run, keep=1)
+    write(pen, 1, best=1)
+    written(run, 1)
+    with full_disk(BIG // 2):
+        write(pen, 2, best=2)
+        settled(pen, 1)
+        pen.checkpoint(3, {"x": torch.zeros(10)}, {"ledger": {"steps": 3}}, 2)
+        settled(pen, 2)
+        assert checkpoints.steps(run.checkpoints) == [1]
+    pen.close()
+    assert checkpoints.steps(run.checkpoints) == [2, 3]
+
+
+def test_no_checkpoint_is_ahead_of_its_metrics(run):
+    pen = RunWriter(run, keep=9)
+    pen.record({"step": 0})
+    size = run.metrics_file.stat().st_size
+    with full_disk(size):
+        pen.record({"step": 1})
+    write(pen, 2)
+    time.sleep(0.2)
+    assert checkpoints.steps(run.checkpoints) == []
+    pen.record({"step": 2})
+    pen.close()
+    assert checkpoints.steps(run.checkpoints) == [2]
