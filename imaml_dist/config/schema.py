@@ -227,7 +227,7 @@ class RunConfig(Section):
     profile: int = Field(0, ge=0, le=1000)
     """Meta-steps whose time rank 0 splits into phases; 0 is none. One more is traced."""
     compare_every: int = Field(50, ge=1)
-    """Meta-steps between two comparisons of the workers' states."""
+    """Meta-steps between two copies of the state that all workers compare, and go back to if a state was damaged since."""
     heartbeat_timeout: float = Field(30.0, gt=0)
     """Seconds without a sign of life after which a worker's process is replaced; it gives two a second."""
     collective_timeout: float = Field(120.0, gt=0)
