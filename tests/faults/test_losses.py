@@ -104,6 +104,21 @@ def test_twenty_kills_at_random_times_change_nothing(data, tmp_path, world):
     assert fingerprint(tmp_path / "run") == gold
 
 
+@pytest.mark.slow
+def test_four_workers_then_two_then_three_give_the_bits_of_one(data, tmp_path):
+    config = configured(data, steps=60)
+    gold, run = train_alone(config, tmp_path / "gold"), RunDirectory(tmp_path / "run")
+    for world, last in ((4, 10), (2, 25), (3, None)):
+        run.begin(config)
+        with Keepers(config, run.path, world) as keepers:
+            if last is not None:
+                keepers.wait_for_step(last)
+                run.request_stop()
+        assert keepers.results == [Stop.STEPS if last is None else Stop.INTERRUPTED] * world
+    assert [start["world_size"] for start in run.starts()] == [4, 2, 3]
+    assert fingerprint(run.path) == gold
+
+
 def test_a_stopped_process_is_found_and_replaced(data, gold, tmp_path):
     config = configured(data)
     with Keepers(config, begun(config, tmp_path / "run"), 2, silence=2.0) as keepers:
