@@ -58,6 +58,16 @@ class Limits:
     collective: float
 
 
+_START = """
+import ctypes, runpy, signal, sys
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, int(signal.SIGKILL))
+runpy.run_module("imaml_dist.distributed.rank", run_name="__main__", alter_sys=True)
+"""
+"""Before the imports, which take seconds, it asks the kernel (PR_SET_PDEATHSIG) to end it with its keeper: it must not stay
+behind when it is stopped and cannot notice."""
+
+
 class RankProcess:
     """A process of `rank.py`."""
 
@@ -65,7 +75,7 @@ class RankProcess:
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-                [sys.executable, "-m", "imaml_dist.distributed.rank", str(theirs.fileno())],
+                [sys.executable, "-c", _START, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # a terminal's Ctrl-C is not for it

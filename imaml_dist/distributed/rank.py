@@ -10,7 +10,6 @@ process's end, too.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -37,9 +36,6 @@ from imaml_dist.errors import DisagreementError, ImamlError, PeerLostError, brie
 from imaml_dist.training.run_directory import RunDirectory
 
 BEAT_S = 0.5
-
-_SIGNAL_AT_PARENTS_DEATH = 1
-"""PR_SET_PDEATHSIG of Linux."""
 
 
 class Rank:
@@ -147,12 +143,5 @@ def _wait_for_all(store: TCPStore, order: Message) -> None:
         time.sleep(0.02 * max(1.0, order["world"] / 64))
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process with its keeper, also if it is stopped then and cannot notice; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, int(signal.SIGKILL))
-
-
 if __name__ == "__main__":
-    _end_with_parent()
     Rank(Channel(socket.socket(fileno=int(sys.argv[1])))).live()

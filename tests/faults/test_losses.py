@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -277,3 +278,26 @@ def test_a_process_that_crashes_again_and_again_ends_the_run_with_its_reason(dat
     assert kind == "TrainingError"
     assert "4 times in a row" in message
     assert "ZeroDivisionError" in message
+
+
+def test_a_process_that_is_stopped_while_it_imports_ends_with_its_keeper() -> None:
+    """A spare that could not notice would stay behind for ever."""
+    keeper = f"""
+import os, signal, sys, time
+from pathlib import Path
+from imaml_dist.distributed.keeper import RankProcess
+process = RankProcess()
+maps = Path(f"/proc/{{process.pid}}/maps")
+while "libtorch" not in maps.read_text():
+    time.sleep(0.001)
+os.kill(process.pid, signal.SIGSTOP)
+assert not process.ready
+print(process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", keeper], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{int(done.stdout)}").exists():
+        assert time.monotonic() < deadline, "it stayed behind"
+        time.sleep(0.02)
