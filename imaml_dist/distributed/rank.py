@@ -28,12 +28,13 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from imaml_dist.config.load import build_config
+from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.channel import Channel, Message
 from imaml_dist.distributed.group import ProcessGroup, losses
 from imaml_dist.distributed.memory import Memory
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import DisagreementError, ImamlError, PeerLostError, brief
-from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.remote_run import open_run
 
 BEAT_S = 0.5
 
@@ -118,7 +119,8 @@ class Rank:
                     timeout=limit,
                 )
             self._channel.send(said="joined")
-            config, run = build_config(order["config"]), RunDirectory(Path(order["run"]))
+            config = build_config(order["config"])
+            run = open_run(order["run"], storage_options(config), Path(order["folder"]))
             worker = self._worker = Worker(config, run, ProcessGroup(), self._memory, order["after"])
             return worker.run_to_end()
         finally:

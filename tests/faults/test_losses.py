@@ -282,12 +282,12 @@ def test_a_process_that_crashes_again_and_again_ends_the_run_with_its_reason(dat
 
 def test_a_process_that_is_stopped_while_it_imports_ends_with_its_keeper() -> None:
     """A spare that could not notice would stay behind for ever."""
-    keeper = f"""
+    keeper = """
 import os, signal, sys, time
 from pathlib import Path
 from imaml_dist.distributed.keeper import RankProcess
 process = RankProcess()
-maps = Path(f"/proc/{{process.pid}}/maps")
+maps = Path(f"/proc/{process.pid}/maps")
 while "libtorch" not in maps.read_text():
     time.sleep(0.001)
 os.kill(process.pid, signal.SIGSTOP)
