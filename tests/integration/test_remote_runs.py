@@ -10,7 +10,7 @@ import pytest
 from helpers.command import Command, imaml
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.gloo import run_group
-from helpers.runs import fingerprint, raw_config, tiny, train_alone, write_config
+from helpers.runs import raw_config, seen_elsewhere, tiny, train_alone, write_config
 from helpers.s3_server import environment
 
 from imaml_dist.config.load import build_config
@@ -43,21 +43,10 @@ def train(config, url, options, fresh=False):
     return run
 
 
-def seen_elsewhere(url, options, tmp_path):
-    """What a process that knows only the URL finds: (fingerprint, steps on record)."""
-    run = open_run(url, options)
-    run.collect()
-    run.load_checkpoint(max(run.checkpoint_steps()))
-    copy = tmp_path / "copy"
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(run.path, copy)
-    return fingerprint(copy), [record["step"] for record in metrics_file.read(run.metrics_file)]
-
-
 def test_the_bits_are_those_of_a_folder(bucket, data, gold, tmp_path):
     url, options = bucket
     run = train(tiny(data), f"{url}/runs/a", options)
-    assert seen_elsewhere(f"{url}/runs/a", options, tmp_path) == (gold, list(range(6)))
+    assert seen_elsewhere(f"{url}/runs/a", options) == (gold, list(range(6)))
     left = {name for name, _ in open_storage(f"{url}/runs/a", options).names()}
     assert not any(name.endswith(".lock") or "stop" in name for name in left), "leases are given back"
     assert run.checkpoint_steps() == [3, 4, 6], "the newest three; step 3 was the best by validation"
@@ -78,7 +67,7 @@ def test_it_goes_on_from_the_newest_checkpoint_that_verifies(moto_bucket, data, 
     start = run.starts()[-1]
     assert start["step"] == 3
     assert len(start["rejected"]) == 1
-    assert seen_elsewhere(url, options, tmp_path) == (gold, list(range(6)))
+    assert seen_elsewhere(url, options) == (gold, list(range(6)))
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "state.json", "state.safetensors"])
@@ -107,7 +96,7 @@ def test_storage_that_fails_again_and_again_changes_nothing(moto_bucket, data, g
     with FaultProxy(options.endpoint, *faults) as proxy:
         train(tiny(data), url, StorageOptions(endpoint=proxy.url, retry_seconds=30.0))
         assert proxy.counts[kind] > 0
-    assert seen_elsewhere(url, options, tmp_path) == (gold, list(range(6)))
+    assert seen_elsewhere(url, options) == (gold, list(range(6)))
 
 
 def test_storage_that_is_away_does_not_stop_meta_steps_and_is_owed_nothing_in_the_end(moto_bucket, data, tmp_path):
@@ -131,13 +120,7 @@ def test_storage_that_is_away_does_not_stop_meta_steps_and_is_owed_nothing_in_th
         Worker(config, run, Alone()).run_to_end()
     assert failing
     assert max(open_run(url, options).checkpoint_steps()) == 12
-    assert seen_steps(url, options) == list(range(12))
-
-
-def seen_steps(url, options):
-    run = open_run(url, options)
-    run.collect()
-    return [record["step"] for record in metrics_file.read(run.metrics_file)]
+    assert seen_elsewhere(url, options)[1] == list(range(12))
 
 
 def test_storage_that_stays_away_ends_the_run_with_what_to_do(moto_bucket, data):
@@ -159,7 +142,7 @@ def test_storage_that_stays_away_ends_the_run_with_what_to_do(moto_bucket, data)
         with pytest.raises(StorageError, match=f"{url} cannot be written .away.; free space and run the same"):
             Worker(config, run, Alone()).run_to_end()
     train(config, url, options)
-    assert seen_steps(url, options) == list(range(6))
+    assert seen_elsewhere(url, options)[1] == list(range(6))
 
 
 def test_one_that_was_taken_for_dead_writes_nothing_more(moto_bucket, data):
@@ -193,7 +176,7 @@ def test_ranks_need_no_folder_in_common(moto_bucket, data, gold, tmp_path):
         shutil.rmtree(tmp_path / str(rank))
     open_run(url, options).begin(tiny(data, workers=2))
     run_group(2, in_a_group, raw_config(data, workers=2), url, options, tmp_path)
-    assert seen_elsewhere(url, options, tmp_path) == (gold, list(range(6)))
+    assert seen_elsewhere(url, options) == (gold, list(range(6)))
     assert not list((tmp_path / "1").iterdir()), "what rank 0 reads it tells the others"
 
 
@@ -204,7 +187,7 @@ def test_fresh_starts_over_and_leaves_what_is_not_the_runs(moto_bucket, data, go
     with pytest.raises(ConfigError, match=r"outer.lr: 0.003 given, but the run in s3://.*/a was begun with 0.5"):
         train(tiny(data), f"{url}/a", options)
     train(tiny(data), f"{url}/a", options, fresh=True)
-    assert seen_elsewhere(f"{url}/a", options, tmp_path) == (gold, list(range(6)))
+    assert seen_elsewhere(f"{url}/a", options) == (gold, list(range(6)))
     assert open_storage(url, options).read("b/config.yaml") == b"another's"
 
 
@@ -247,7 +230,7 @@ def test_the_commands(moto, moto_bucket, data, gold, tmp_path):
     code, output = imaml(*again, "--set", f"run.steps={whole + 2}", cwd=tmp_path, **env)
     assert code == 0, output
     assert "found" not in output
-    found, steps = seen_elsewhere(f"{url}/r", options, tmp_path)
+    found, steps = seen_elsewhere(f"{url}/r", options)
     assert steps == list(range(whole + 2))
     assert found == train_alone(tiny(data, steps=whole + 2), tmp_path / "alone")
     code, output = imaml(*again, "--set", f"run.steps={whole + 2}", cwd=tmp_path, **env)
