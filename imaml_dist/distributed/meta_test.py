@@ -11,6 +11,7 @@ from torch import Tensor
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed import progress
 from imaml_dist.distributed.build import make_learner, make_source, read_ahead
 from imaml_dist.distributed.chunks import chunks_of, even_deal
 from imaml_dist.distributed.group import Group, first_rank_decides
@@ -39,6 +40,7 @@ def shared_accuracy(
         for row, episodes in enumerate(coming):
             scores = task_scores(learner, episodes.to(device))
             mine[row, : len(scores)] = scores.cpu()
+            progress.note()
     rows = gather_chunks(group, mine, deal).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 

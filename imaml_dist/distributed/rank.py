@@ -3,9 +3,9 @@
     python -m imaml_dist.distributed.rank FD
 
 FD is the process's end of its `Channel`. It is told `join` (train, in this group) and `save` (a checkpoint at the end of the
-step), and says `ready`, `joined`, `beat` (twice a second, with its step), and how a group ended for it: `ended`, `lost`,
-`failed` (an error that is the run's), `crashed` (any other) or `faulty` (its state is not that of the others), which are this
-process's end, too.
+step), and says `ready`, `joined`, `beat` (twice a second, with its step and how much it computed), and how a group ended for it:
+`ended`, `lost`, `failed` (an error that is the run's), `crashed` (any other) or `faulty` (its state is not that of the others), which
+are this process's end, too.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from imaml_dist.config.load import build_config
+from imaml_dist.distributed import progress
 from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.channel import Channel, Message
 from imaml_dist.distributed.group import ProcessGroup, losses
@@ -69,7 +70,8 @@ class Rank:
 
     def _beat(self) -> None:
         while True:
-            self._channel.send(said="beat", step=-1 if self._worker is None else self._worker.state.step)
+            step = -1 if self._worker is None else self._worker.state.step
+            self._channel.send(said="beat", step=step, chunks=progress.chunks())
             time.sleep(BEAT_S)
 
     def _save(self) -> None:
@@ -105,6 +107,7 @@ class Rank:
             torch.cuda.set_device(order["gpu"])
         limit = timedelta(seconds=order["timeout"])
         worker = None
+        progress.begin()
         try:
             with losses():
                 store = TCPStore(order["host"], order["port"], is_master=False, timeout=limit)

@@ -12,7 +12,8 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.crew import connect, open_store
 from imaml_dist.distributed.interface import interface_of
-from imaml_dist.distributed.keeper import Keeper, Limits, RankProcess
+from imaml_dist.distributed.keeper import Keeper, Limits
+from imaml_dist.distributed.rank_process import RankProcess
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import ImamlError, PeerLostError, StorageError
 from imaml_dist.training.remote_run import open_run

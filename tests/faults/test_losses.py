@@ -143,6 +143,17 @@ def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, 
     assert any("rank 1" in s["after"] and "did not leave its group" in s["after"] for s in keepers.run.starts()[1:])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_that_all_hang_at_once_are_replaced(data, gold, tmp_path, sabotage, world):
+    """Nobody waits for them but their keepers."""
+    sabotage(*((rank, 3, "inner", HANG) for rank in range(world)))
+    config = configured(data, workers=world)
+    with Keepers(config, begun(config, tmp_path / "run"), world, collective=3.0) as keepers:
+        pass
+    check(tmp_path / "run", gold)
+    assert any("computed nothing for 8 s, run.collective_timeout is 3" in s["after"] for s in keepers.run.starts()[1:])
+
+
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("place", ["data", pytest.param("report", marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_found_its_rank_named_and_replaced_and_the_steps_done_again(
@@ -285,7 +296,7 @@ def test_a_process_that_is_stopped_while_it_imports_ends_with_its_keeper() -> No
     keeper = """
 import os, signal, sys, time
 from pathlib import Path
-from imaml_dist.distributed.keeper import RankProcess
+from imaml_dist.distributed.rank_process import RankProcess
 process = RankProcess()
 maps = Path(f"/proc/{process.pid}/maps")
 while "libtorch" not in maps.read_text():
