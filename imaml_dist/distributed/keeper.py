@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from imaml_dist.distributed.channel import Message
 from imaml_dist.distributed.crew import Crew
