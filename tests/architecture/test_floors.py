@@ -37,7 +37,7 @@ VENDOR_ROOMS = {
     "jinja2": {"imaml_dist.reporting"},
     "ray": {"imaml_dist.distributed", "cluster"},
     "kubernetes": {"cluster"},
-    "pydantic": {"imaml_dist.config", "imaml_dist.distributed"},
+    "pydantic": {"imaml_dist.config", "imaml_dist.distributed", "cluster"},  # fields that users write
     "yaml": {"imaml_dist.config", "cluster"},
     "safetensors": {"imaml_dist.training"},
     "PIL": {"imaml_dist.data"},
