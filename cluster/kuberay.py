@@ -58,7 +58,7 @@ class Run:
         name: of the experiment; the RayJob's is made of it.
         command: with its arguments; it finds the configuration at `CONFIG_FILE`.
         config: text of the configuration.
-        needs: of all workers.
+        needs: of all workers; without any, the head alone does the work.
     """
 
     name: str
@@ -105,7 +105,9 @@ def rayjob(run: Run, options: KubeOptions) -> dict[str, Any]:
             "rayStartParams": {"num-cpus": "0"},
             "template": _head(run, options, labels, elastic),
         },
-        "workerGroupSpecs": [
+    }
+    if most:
+        cluster["workerGroupSpecs"] = [
             {
                 "groupName": "workers",
                 "replicas": fewest,
@@ -114,8 +116,7 @@ def rayjob(run: Run, options: KubeOptions) -> dict[str, Any]:
                 "rayStartParams": {},
                 "template": _worker(run.needs, options, labels),
             }
-        ],
-    }
+        ]
     if elastic:
         cluster["autoscalerOptions"] = {
             "version": "v2",

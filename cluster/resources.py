@@ -30,7 +30,7 @@ class Needs:
 
     Args:
         fewest: workers it cannot do without.
-        most: workers it can make use of.
+        most: workers it can make use of; 0 for none.
         cpus: of each worker, at least 1.
         gpus: of each worker; a part of 1 shares a GPU.
         memory: of each worker in bytes; 0 asks for none in particular.
