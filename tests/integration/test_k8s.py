@@ -1,7 +1,6 @@
 """The overlays as kubectl renders them: valid by every schema and rule, closed to root and to strangers, without a secret."""
 
 import ast
-import base64
 import importlib.util
 import re
 import string
@@ -54,8 +53,9 @@ def test_kinds_of_kuberay_are_valid(overlay):
     found = of_kind(overlay, *rules.KINDS)
     assert len(found) >= 3
     for document in found:
-        assert crds.violations(document) == []
         assert rules.broken(document) == []
+    for document in found:
+        assert crds.violations(document) == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -66,7 +66,7 @@ def test_kinds_of_kubernetes_are_valid(overlay, release):
         if document["apiVersion"].partition("/")[0] != "ray.io" and document["apiVersion"] not in OTHERS:
             kubernetes_validate.validate(document, release, strict=True)
             checked += 1
-    assert checked >= 20
+    assert checked >= 19
 
 
 def test_a_mistake_in_a_kind_of_kubernetes_is_found():
@@ -117,12 +117,8 @@ def test_no_file_of_k8s_holds_a_key():
     for path in K8S.rglob("*"):
         if path.is_file():
             text = path.read_text()
-            assert not re.search(
-                r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|(?m)^kind: Secret".replace("(?m)", ""), text
-            ), path
-            for blob in re.findall(r"[A-Za-z0-9+/]{40,}={1,2}", text):
-                base64.b64decode(blob)
-                raise AssertionError(f"{path}: {blob}")
+            assert not re.search(r"AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY|^kind: Secret", text, re.MULTILINE), path
+            assert not re.search(r"[A-Za-z0-9+/]{40,}={1,2}", text), path
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
@@ -196,7 +192,8 @@ def test_gpu_workers_come_from_two_pools():
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_no_pod_but_an_elastic_head_may_ask_kubernetes(overlay):
     for document in documents(overlay):
-        elastic = document["spec"].get("rayClusterSpec", document["spec"]).get("enableInTreeAutoscaling") if "spec" in document else False  # fmt: skip
+        whole = document.get("spec", {})
+        elastic = whole.get("rayClusterSpec", whole).get("enableInTreeAutoscaling", False)
         for labels, spec in pods(document):
             if not (elastic and labels.get("app.kubernetes.io/component") == "head"):
                 assert spec["automountServiceAccountToken"] is False
