@@ -1,14 +1,20 @@
 """`imaml submit --k8s --dry-run`: what it prints can be applied, and what cannot work is one sentence."""
 
 import pytest
+import torch
 import yaml
 from helpers import crds, pod_security
 from helpers.command import ROOT, imaml, imaml_here
 from helpers.manifests import IMAGE
+from helpers.runs import raw_config
 
 from cluster import rules
 from cluster.kuberay import CONFIG_KEY
 from imaml_dist.config.load import build_config, load_config
+from imaml_dist.distributed.build import open_dataset, resolve
+from imaml_dist.errors import ConfigError
+from imaml_dist.training.run_directory import RunDirectory
+from pipelines import train
 
 CONFIG = ROOT / "pipelines" / "configs" / "omniglot.yaml"
 REACHABLE = ("--set", "data.url=s3://imaml/data/omniglot", "--set", "run.device=cpu")
@@ -72,3 +78,15 @@ def test_only_what_exists_is_offered(tmp_path):
     code, output = imaml_here("submit", str(CONFIG), "--run-dir", "s3://b/r", cwd=tmp_path)
     assert code == 2
     assert "add --k8s --dry-run" in output
+
+
+def test_a_head_without_a_gpu_prepares_a_run_of_workers_that_have_some(data, tmp_path, monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = build_config(raw_config(data, backend="ray", device="cuda"))
+    with pytest.raises(ConfigError, match="no GPU is visible here"):
+        resolve(config, cuda=train._gpus_elsewhere(config))
+    monkeypatch.setenv("RAY_ADDRESS", "tiny-head-svc:6379")
+    resolved = resolve(config, cuda=train._gpus_elsewhere(config))
+    assert (resolved.run.device, resolved.run.execution) == ("cuda", "vmap")
+    train._preflight(resolved, open_dataset(resolved), RunDirectory(tmp_path / "run"), fresh=False)
