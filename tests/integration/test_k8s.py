@@ -3,6 +3,7 @@
 import ast
 import importlib.util
 import re
+import shlex
 import string
 from importlib.metadata import version
 
@@ -10,7 +11,7 @@ import kubernetes_validate
 import pytest
 import yaml
 from helpers import crds, dockerfile, pod_security
-from helpers.command import ROOT
+from helpers.command import ROOT, imaml_here
 from helpers.manifests import K8S, OVERLAYS, documents, rendered
 
 from cluster import rules
@@ -297,3 +298,47 @@ def test_the_command_that_makes_the_bucket_is_python():
     (job,) = of_kind("dev", "Job")
     (container,) = job["spec"]["template"]["spec"]["containers"]
     ast.parse(container["command"][2])
+
+
+README = (K8S / "README.md").read_text()
+
+
+def test_the_readme_creates_every_secret_that_is_referred_to():
+    created = {
+        (line.split()[6], key)
+        for line in README.splitlines()
+        if line.startswith("kubectl -n imaml create secret generic ")
+        for key in re.findall(r"--from-literal=(\w+)=", line)
+    }
+    for overlay in OVERLAYS:
+        for container in every_container(overlay):
+            for variable in container.get("env", []):
+                kept = variable.get("valueFrom", {}).get("secretKeyRef")
+                assert kept is None or (kept["name"], kept["key"]) in created
+
+
+def test_the_readme_applies_stages_that_there_are_in_overlays_that_there_are():
+    steps = re.findall(r"-k k8s/overlays/(\w+) -l imaml/stage=(\w+)", README)
+    assert [stage for _, stage in steps] == ["platform", "prepare", "train", "evaluate"]
+    for overlay, stage in steps:
+        assert overlay in OVERLAYS
+        assert any(d["metadata"]["labels"]["imaml/stage"] == stage for d in documents(overlay))
+    for path in re.findall(r"-f (k8s/\S+)", README):
+        assert (ROOT / path).is_file()
+    assert len(README.splitlines()) <= 100, "one page"
+
+
+def test_the_run_of_ones_own_fits_the_platform(tmp_path):
+    """The command of the README gives a job whose Secrets, namespace and account are the platform's."""
+    (line,) = [line for line in README.splitlines() if line.startswith("imaml submit")]
+    words = shlex.split(line.partition(" > ")[0])[1:]
+    code, output = imaml_here(*words, cwd=ROOT)
+    assert code == 0, output
+    job = yaml.safe_load(output)
+    assert rules.broken(job) == pod_security.refused(job) == crds.violations(job) == []
+    (train,) = [d for d in of_kind("dev", "RayJob") if d["metadata"]["name"] == "train"]
+    for own, shipped in zip(pods(job), pods(train), strict=True):
+        assert own[0].keys() == shipped[0].keys()
+        names = [{v["name"] for v in pod["containers"][0]["env"]} for _, pod in (own, shipped)]
+        assert names[1] - names[0] == {"IMAML_BUCKET"}
+        assert own[1]["serviceAccountName"] == shipped[1]["serviceAccountName"]
