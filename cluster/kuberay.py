@@ -95,7 +95,8 @@ def rayjob(run: Run, options: KubeOptions) -> dict[str, Any]:
         raise InputError(
             f"run.workers: {run.needs.fewest} to {run.needs.most} given, but Kueue admits runs of one size; give a number, or no queue"
         )
-    labels = {"app.kubernetes.io/name": "imaml", "app.kubernetes.io/instance": job_name(run.name)}
+    # Not app.kubernetes.io/name: KubeRay's service finds the head by that one.
+    labels = {"app.kubernetes.io/part-of": "imaml", "app.kubernetes.io/instance": job_name(run.name)}
     queue = {} if options.queue is None else {"kueue.x-k8s.io/queue-name": options.queue}
     cluster: dict[str, Any] = {
         "rayVersion": version("ray"),

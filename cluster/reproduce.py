@@ -14,8 +14,8 @@ from cluster.resources import quantity
 from imaml_dist.errors import InputError
 
 GCS_PORT = "6379"
-FLAGS = ("true", "")
-"""Values of parameters that stand for themselves, as in `--block`."""
+WITH_ARGUMENT = ("log-color", "include-dashboard")
+"""Options that take `true` and `false` as words; any other one stands for itself, or is left out."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,10 @@ def _head(cluster: Mapping[str, Any], port: str, cluster_name: str) -> RayStart:
         parameters["no-monitor"] = "true"  # the autoscaler has a container of its own
     command = ("ray", "start", "--head", *_written(parameters))
     environment, secrets = _environment(container, cluster, cluster_name, f"127.0.0.1:{port}")
-    return RayStart("head", 1, command, {"RAY_PORT": port, **environment}, secrets)
+    environment["RAY_NODE_TYPE_NAME"] = "headgroup"
+    if cluster.get("enableInTreeAutoscaling") and cluster.get("autoscalerOptions", {}).get("version", "v2") == "v2":
+        environment["RAY_enable_autoscaler_v2"] = "true"
+    return RayStart("head", 1, command, environment, secrets)
 
 
 def _workers(cluster: Mapping[str, Any], group: Mapping[str, Any], address: str, cluster_name: str) -> RayStart:
@@ -84,23 +87,28 @@ def _workers(cluster: Mapping[str, Any], group: Mapping[str, Any], address: str,
 
 def _parameters(group: Mapping[str, Any], container: Mapping[str, Any]) -> dict[str, str]:
     """Those of the manifest, those of the container's limits, and KubeRay's own."""
-    limits = container.get("resources", {}).get("limits", {})
-    parameters = {"block": "true", "dashboard-agent-listen-port": "52365", "metrics-export-port": "8080"}
-    if "cpu" in limits:
-        parameters["num-cpus"] = str(math.ceil(quantity(limits["cpu"], "limits.cpu")))
+    limits, requests = (container.get("resources", {}).get(kind, {}) for kind in ("limits", "requests"))
+    parameters = {"dashboard-agent-listen-port": "52365", "metrics-export-port": "8080"}
+    if "cpu" in limits or "cpu" in requests:
+        parameters["num-cpus"] = str(math.ceil(quantity(limits.get("cpu", requests.get("cpu")), "resources.cpu")))
     if "memory" in limits:
         parameters["memory"] = str(int(quantity(limits["memory"], "limits.memory")))
     gpus = [amount for name, amount in limits.items() if name.endswith("gpu")]
     if gpus:
         parameters["num-gpus"] = str(gpus[0])
     labels = ",".join(f"{key}={value}" for key, value in sorted(group.get("labels", {}).items()))
-    return parameters | ({"labels": labels} if labels else {}) | dict(group.get("rayStartParams", {}))
+    given = dict(group.get("rayStartParams", {})) | {"block": "true"}
+    return parameters | ({"labels": labels} if labels else {}) | given
 
 
 def _written(parameters: Mapping[str, str]) -> list[str]:
-    return [
-        f"--{name}" if value.lower() in FLAGS else f"--{name}={value}" for name, value in sorted(parameters.items())
-    ]
+    words = []
+    for name, value in sorted(parameters.items()):
+        if value.lower() not in ("true", "false") or name in WITH_ARGUMENT:
+            words.append(f"--{name}={value}")
+        elif value.lower() == "true":
+            words.append(f"--{name}")
+    return words
 
 
 def _environment(
@@ -117,6 +125,7 @@ def _environment(
     plain |= {
         "RAY_CLUSTER_NAME": cluster_name,
         "RAY_ADDRESS": address,
+        "RAY_PORT": address.rpartition(":")[2],
         "RAY_USAGE_STATS_KUBERAY_IN_USE": "1",
         "RAY_DASHBOARD_ENABLE_K8S_DISK_USAGE": "1",
     }

@@ -226,16 +226,16 @@ def test_everything_is_denied_and_every_pod_is_allowed_what_it_needs(overlay):
         rules_of = [r for p in policies if selected(p, labels) for r in p["spec"].get(direction, [])]
         return {port["port"] for rule in rules_of for port in rule.get("ports", [])}, rules_of
 
-    head = {"app.kubernetes.io/name": "imaml", "app.kubernetes.io/component": "head"}
-    worker = {"app.kubernetes.io/name": "imaml", "app.kubernetes.io/component": "worker"}
+    head = {"app.kubernetes.io/part-of": "imaml", "app.kubernetes.io/component": "head"}
+    worker = {"app.kubernetes.io/part-of": "imaml", "app.kubernetes.io/component": "worker"}
     assert open_to(head, "egress")[0] >= {53, 443, 5000, 6443}
     assert open_to(worker, "egress")[0] >= {53, 443, 5000}
     assert 6443 not in open_to(worker, "egress")[0]
     assert 8265 in open_to(head, "ingress")[0] and 8265 not in open_to(worker, "ingress")[0]
-    assert open_to({"app.kubernetes.io/name": "mlflow"}, "egress")[0] >= {53, 443, 5432}
-    assert open_to({"app.kubernetes.io/name": "mlflow"}, "ingress")[0] == {5000}
-    assert open_to({"app.kubernetes.io/name": "postgres"}, "ingress")[0] == {5432}
-    assert open_to({"app.kubernetes.io/name": "postgres"}, "egress")[0] == {53}
+    assert open_to({"app.kubernetes.io/component": "mlflow"}, "egress")[0] >= {53, 443, 5432}
+    assert open_to({"app.kubernetes.io/component": "mlflow"}, "ingress")[0] == {5000}
+    assert open_to({"app.kubernetes.io/component": "postgres"}, "ingress")[0] == {5432}
+    assert open_to({"app.kubernetes.io/component": "postgres"}, "egress")[0] == {53}
     for policy in policies:
         for rule in policy["spec"].get("ingress", []):
             assert rule.get("from"), f"{policy['metadata']['name']}: lets anyone in"

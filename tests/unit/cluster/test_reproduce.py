@@ -25,10 +25,27 @@ def test_the_head_trains_nothing_and_workers_find_it():
     assert workers.environment["RAY_ADDRESS"] == "tiny-head-svc:6379"
 
 
+def test_flags_stand_for_themselves_and_no_group_is_started_without_block():
+    document = a_rayjob()
+    head = document["spec"]["rayClusterSpec"]["headGroupSpec"]
+    head["rayStartParams"] |= {
+        "block": "false",
+        "no-monitor": "false",
+        "include-dashboard": "true",
+        "disable-usage-stats": "true",
+    }
+    del head["template"]["spec"]["containers"][0]["resources"]["limits"]
+    del head["rayStartParams"]["num-cpus"]
+    command = ray_starts(document, "h", "c")[0].command
+    assert {"--block", "--include-dashboard=true", "--disable-usage-stats", "--num-cpus=2"} <= set(command)
+    assert not any("monitor" in word for word in command)
+
+
 def test_gpus_and_the_autoscaler_are_told():
     head, workers = commands(Needs(4, 8, 1, gpus=1), workers_per_pod=4)
     assert "--no-monitor" in head.command
     assert "--num-gpus=4" in workers.command
+    assert head.environment["RAY_enable_autoscaler_v2"] == "true"
 
 
 def test_the_token_is_a_secret_of_the_cluster():
