@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import json
 import re
 import shlex
 import string
@@ -15,9 +16,10 @@ from helpers.command import ROOT, imaml_here
 from helpers.manifests import K8S, OVERLAYS, documents, rendered
 
 from cluster import rules
-from cluster.kuberay import CONFIG_KEY
+from cluster.kuberay import CONFIG_FILE, CONFIG_KEY
 from cluster.reproduce import ray_starts
 from imaml_dist.config.load import build_config
+from imaml_dist.storage.opening import open_storage
 
 KUBERNETES = ("1.32", "1.37")
 """The oldest and the newest that manifests are checked against."""
@@ -136,7 +138,8 @@ def test_clusters_have_tokens_equal_resources_shared_memory_and_no_probes_of_our
     for document in of_kind(overlay, "RayJob", "RayCluster"):
         cluster = document["spec"].get("rayClusterSpec", document["spec"])
         assert cluster["authOptions"] == {"mode": "token"}
-        for _, pod in pods(document):
+        for labels, pod in pods(document):
+            assert not {key for key in labels if key.startswith("ray.io/") or key == "app.kubernetes.io/name"}
             container = pod["containers"][0]
             assert not [key for key in container if key.endswith("Probe")]
             assert {"name": "shm", "mountPath": "/dev/shm"} in container["volumeMounts"]
@@ -236,6 +239,11 @@ def test_everything_is_denied_and_every_pod_is_allowed_what_it_needs(overlay):
     assert open_to({"app.kubernetes.io/component": "mlflow"}, "ingress")[0] == {5000}
     assert open_to({"app.kubernetes.io/component": "postgres"}, "ingress")[0] == {5432}
     assert open_to({"app.kubernetes.io/component": "postgres"}, "egress")[0] == {53}
+    if overlay == "dev":
+        assert open_to({"app.kubernetes.io/component": "s3"}, "ingress")[0] == {9000}
+        for who in (head, worker, {"app.kubernetes.io/component": "mlflow"}):
+            assert 9000 in open_to(who, "egress")[0]
+        assert open_to({"app.kubernetes.io/component": "make-bucket"}, "egress")[0] == {53, 9000}
     for policy in policies:
         for rule in policy["spec"].get("ingress", []):
             assert rule.get("from"), f"{policy['metadata']['name']}: lets anyone in"
@@ -268,6 +276,39 @@ def test_mlflow_migrates_before_it_serves_and_knows_its_own_names():
     assert {"mlflow:5000", "localhost:5000"} <= set(variables["MLFLOW_SERVER_ALLOWED_HOSTS"].split(","))
     (run,) = {v["value"] for c in every_container("gpu") for v in c["env"] if v["name"] == "MLFLOW_TRACKING_URI"}
     assert run.removeprefix("http://") in variables["MLFLOW_SERVER_ALLOWED_HOSTS"].split(",")
+
+
+SMALL = ("run.steps=3", "run.checkpoint_every=1", "run.backend=local", "model.channels=4", "algorithm.inner.steps=1",
+         "run.tasks_per_step=4", "outer.schedule=constant", "validate.tasks=0", "evaluate.tasks=4", "tracking.mlflow=false")  # fmt: skip
+
+
+def test_the_jobs_commands_train_and_evaluate_on_object_storage(moto_bucket, data, tmp_path, monkeypatch):
+    """As the head would run them, with the configuration that it finds, at the size of a test and with data of a test."""
+    url, options = moto_bucket
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", options.endpoint)
+    for path in data.iterdir():
+        open_storage(f"{url}/data/glyphs", options).write(path.name, path)
+    jobs = {job["metadata"]["name"]: job["spec"] for job in of_kind("dev", "RayJob")}
+    head = jobs["train"]["rayClusterSpec"]["headGroupSpec"]["template"]
+    (tmp_path / "config.yaml").write_text(head["metadata"]["annotations"][CONFIG_KEY])
+
+    def run(name, *more):
+        text = string.Template(jobs[name]["entrypoint"]).substitute(IMAML_BUCKET=url.removeprefix("s3://"))
+        words = shlex.split(
+            text.replace(CONFIG_FILE, str(tmp_path / "config.yaml")).replace("--tasks 600", "--tasks 4")
+        )
+        assert words[0] == "imaml"
+        code, output = imaml_here(*words[1:], *more, cwd=tmp_path)
+        assert code == 0, output
+        return output
+
+    small = [word for override in SMALL for word in ("--set", override)]
+    run("train", *small, "--set", "run.steps=2")
+    run("train", *small)
+    starts = open_storage(f"{url}/runs/glyphs", options).read("starts.jsonl").splitlines()
+    assert [json.loads(line)["step"] for line in starts] == [0, 2], "it goes on"
+    assert "is finished" in run("train", *small), "and after the end it does nothing"
+    assert "%" in run("evaluate")
 
 
 def test_the_files_are_those_that_the_code_makes(tmp_path):
