@@ -33,6 +33,11 @@ def manifest(
     config = load_config(config_path, overrides)
     options = load_kube_options(options_path, given)
     _check_reachable(config, run_dir)
+    if quantity(options.cache, "cache") < 1.1 * config.storage.cache_bytes:
+        raise InputError(
+            f"cache: {options.cache} given, but storage.cache_bytes = {config.storage.cache_bytes} and the kernels must fit, or pods are "
+            "evicted; raise it, or lower storage.cache_bytes"
+        )
     made = kuberay.rayjob(_run(config, run_dir, options), options)
     if wrong := rules.broken(made):
         raise InputError("\n".join(wrong))

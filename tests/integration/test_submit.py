@@ -63,6 +63,10 @@ def test_options_of_a_file_reach_the_manifest(tmp_path):
         ((*REACHABLE, "--set", "run.backend=local"), "run.backend: local given"),
         ((*REACHABLE, "--set", "warm_start.path=runs/a"), "warm_start.path: runs/a given"),
         ((*REACHABLE, "--image", "imaml:latest"), "must have a tag other than latest"),
+        (
+            (*REACHABLE, "--set", "storage.cache_bytes=20000000000"),
+            "cache: 20Gi given, but storage.cache_bytes = 20000000000",
+        ),
         ((*REACHABLE, "--options", "none.yaml"), "none.yaml is no file of options"),
         ((*REACHABLE, "--set", "run.stps=3"), "did you mean run.steps"),
     ],
