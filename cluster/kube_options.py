@@ -68,11 +68,11 @@ class KubeOptions(BaseModel):
     @classmethod
     def _is_a_quantity(cls, given: str) -> str:
         try:
-            enough = quantity(given, "it") >= 2**26
+            enough = quantity(given, "it") >= 2**28
         except ConfigError as error:
             raise ValueError(str(error)) from error
         if not enough:
-            raise ValueError(f"{given!r} given, must be at least 64Mi")
+            raise ValueError(f"{given!r} given, must be at least 256Mi")
         return given
 
     @field_validator("image")

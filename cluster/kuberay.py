@@ -103,7 +103,7 @@ def rayjob(run: Run, options: KubeOptions) -> dict[str, Any]:
         "authOptions": {"mode": "token"},
         "enableInTreeAutoscaling": elastic,
         "headGroupSpec": {
-            "rayStartParams": {"num-cpus": "0"},
+            "rayStartParams": {"num-cpus": "0", **_object_store(options)},
             "template": _head(run, options, labels, elastic),
         },
     }
@@ -114,7 +114,7 @@ def rayjob(run: Run, options: KubeOptions) -> dict[str, Any]:
                 "replicas": fewest,
                 "minReplicas": fewest,
                 "maxReplicas": most,
-                "rayStartParams": {},
+                "rayStartParams": _object_store(options),
                 "template": _worker(run.needs, options, labels),
             }
         ]
@@ -223,6 +223,11 @@ def _pod(name: str, options: KubeOptions, resources: Mapping[str, str]) -> dict[
             {"name": "cache", "emptyDir": {"sizeLimit": options.cache}},
         ],
     }
+
+
+def _object_store(options: KubeOptions) -> dict[str, str]:
+    """Half of /dev/shm; the rest is for nccl. Of its own accord Ray takes a share of the memory, and where that is more, a disk."""
+    return {"object-store-memory": str(int(quantity(options.shm, "shm") / 2))}
 
 
 def _account(options: KubeOptions) -> dict[str, Any]:

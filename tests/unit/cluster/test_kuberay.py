@@ -33,7 +33,7 @@ def runs(draw):
         image=draw(st.sampled_from([IMAGE, "imaml@sha256:" + "0" * 64, "host:5000/a/b:v1"])),
         namespace=draw(LABELS),
         workers_per_pod=each,
-        memory=draw(st.sampled_from(["64Mi", "6Gi", "1.5G", "512Gi"])),
+        memory=draw(st.sampled_from(["256Mi", "6Gi", "1.5G", "512Gi"])),
         env=draw(st.dictionaries(st.sampled_from(["AWS_REGION", "MLFLOW_TRACKING_URI"]), PLAIN)),
         secrets=draw(st.dictionaries(st.sampled_from(["AWS_SESSION_TOKEN", "MLFLOW_TRACKING_TOKEN"]), st.just("imaml-s3/key"))),
         node_selector=draw(st.dictionaries(LABELS, LABELS, max_size=2)),
@@ -113,6 +113,7 @@ def test_what_the_cluster_is_like():
     assert container["resources"]["limits"] == {"cpu": "8", "memory": "43008Mi", "nvidia.com/gpu": "4"}
     assert container["resources"]["requests"] == container["resources"]["limits"]
     assert group["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    assert group["rayStartParams"]["object-store-memory"] == str(1 << 30), "half of /dev/shm"
     assert cluster["authOptions"] == {"mode": "token"}
     assert cluster["autoscalerOptions"]["version"] == "v2"
     assert "Probe" not in to_yaml(a_rayjob()), "KubeRay's own probes know its versions of Ray"
@@ -152,7 +153,7 @@ def test_workers_fill_pods():
         ("retries", -1, "retries: -1 given"),
         ("retries", "3", "retries: '3' given, should be a valid integer"),
         ("memory", "6 GB", "must be a Kubernetes quantity"),
-        ("memory", "1Mi", "must be at least 64Mi"),
+        ("memory", "1Mi", "must be at least 256Mi"),
         ("shm", "7Gi", "may be half of head_memory"),
         ("replicas", 3, "is not a known field"),
         ("env", {"PGPASSWORD": "CANARY"}, "keep it in a Secret"),
