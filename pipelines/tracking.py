@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 
 from imaml_dist.config.load import flatten
@@ -27,7 +28,8 @@ def mlflow_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset) ->
         dataset={"name": dataset.index.name, "digest": dataset.index.fingerprint, "source": dataset.url},
         dataset_tags={"n_way": str(config.data.way), "k_shot": str(config.data.shot), "query": str(config.data.query)},
     )
-    run.home.mkdir(parents=True, exist_ok=True)
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        run.home.mkdir(parents=True, exist_ok=True)
     return MlflowRun(run.path, run.metrics_file, facts, run.url, run.home)
 
 
