@@ -10,7 +10,6 @@ process's end, too.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -32,14 +31,12 @@ from imaml_dist.config.load import build_config
 from imaml_dist.distributed.channel import Channel, Message
 from imaml_dist.distributed.group import ProcessGroup, losses
 from imaml_dist.distributed.memory import Memory
+from imaml_dist.distributed.orphans import end_with_parent
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import DisagreementError, ImamlError, PeerLostError, brief
 from imaml_dist.training.run_directory import RunDirectory
 
 BEAT_S = 0.5
-
-_SIGNAL_AT_PARENTS_DEATH = 1
-"""PR_SET_PDEATHSIG of Linux."""
 
 
 class Rank:
@@ -147,12 +144,6 @@ def _wait_for_all(store: TCPStore, order: Message) -> None:
         time.sleep(0.02 * max(1.0, order["world"] / 64))
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process with its keeper, also if it is stopped then and cannot notice; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, int(signal.SIGKILL))
-
-
 if __name__ == "__main__":
-    _end_with_parent()
+    end_with_parent()
     Rank(Channel(socket.socket(fileno=int(sys.argv[1])))).live()
