@@ -16,7 +16,17 @@ from imaml_dist.sweeps.ledger import Trial
 from imaml_dist.sweeps.search import METRIC, TIME, Search
 
 
-class RaySearcher(Searcher):  # type: ignore[misc]
+class _OfThisProcess:
+    """Tune writes copies of itself and its parts to disk, from which we never read; theirs hold nothing."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return self
+
+
+class RaySearcher(_OfThisProcess, Searcher):  # type: ignore[misc]
     """Asks `Search` for trials, and tells it how they ended.
 
     Args:
@@ -66,7 +76,7 @@ class RaySearcher(Searcher):  # type: ignore[misc]
         """Nothing to take up."""
 
 
-class Losses(Callback):  # type: ignore[misc]
+class Losses(_OfThisProcess, Callback):  # type: ignore[misc]
     """Notes trials that crashed and are started again.
 
     Args:

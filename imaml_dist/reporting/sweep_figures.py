@@ -70,7 +70,7 @@ def response_surface(x: FieldAxis, y: FieldAxis, accuracy: Floats, best: int) ->
     finish(axes, y.short, x.short)
     box = axes.get_position()
     bar = figure.colorbar(dots, cax=figure.add_axes((box.x1 + 0.015, box.y0, 0.016, box.height)))
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     bar.ax.tick_params(length=2, width=0.6)
     return figure

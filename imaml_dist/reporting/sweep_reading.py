@@ -156,7 +156,7 @@ def importance(axis: FieldAxis, accuracy: Floats) -> float | None:
             fitted[axis.at == place] = accuracy[axis.at == place].mean()
         parameters = len(groups) - 1
     else:
-        fitted = np.polyval(np.polyfit(axis.share, accuracy, 2), axis.share)
+        fitted = np.asarray(np.polyval(np.polyfit(axis.share, accuracy, 2), axis.share), dtype=np.float64)
         parameters = 2
     left = len(accuracy) - parameters - 1
     whole = float(((accuracy - accuracy.mean()) ** 2).sum())

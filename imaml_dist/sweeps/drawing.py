@@ -55,7 +55,7 @@ def points(grid: Mapping[str, list[Any]]) -> int:
 def point(grid: Mapping[str, list[Any]], number: int) -> Values:
     """One combination, the last field's values changing first; after the last one comes the first."""
     chosen: Values = {}
-    for field, values in reversed(grid.items()):
+    for field, values in reversed(list(grid.items())):
         number, at = divmod(number, len(values))
         chosen[field] = values[at]
     return {field: chosen[field] for field in grid}

@@ -118,7 +118,7 @@ def test_what_is_written_down_reads_back_as_the_same_sweep(tmp_path):
             [],
             r"at run\.chunk=3: run\.tasks_per_step: 8 given",
         ),
-        ({"space": {"algorithm.lam": LAM, "algorithm": STEPS}}, [], r"algorithm and algorithm\.lam overlap"),
+        ({"space": {"algorithm.lam": LAM, "algorithm": STEPS}}, [], r"algorithm\.lam and algorithm overlap"),
         ({"set": {"algorithm.lam": 1.0}}, [], r"algorithm\.lam stands in both space and set"),
         (
             {"space": {"run.steps": STEPS}, "budget": {"trials": 3, "steps": 5}},
