@@ -40,12 +40,10 @@ class Sweep:
     Attributes:
         config: every field of it; `base` holds what the file said.
         where: name of the file, for messages.
-        overrides: of the base by `--set base.a.b=c`, as `a.b=c`.
     """
 
     config: SweepConfig
     where: str
-    overrides: tuple[str, ...] = ()
 
     def base(self) -> ExperimentConfig:
         """The base with the sweep's own fixed fields and budget, as yet without values of a trial."""
@@ -74,7 +72,7 @@ class Sweep:
         where = f"{self.where} at {spoken}" if values else self.where
         written = [f"{field}={json.dumps(value, default=str)}" for field, value in fields.items()]
         try:
-            return build_config(copy.deepcopy(self.config.base), [*self.overrides, *written], where)
+            return build_config(copy.deepcopy(self.config.base), written, where)
         except ConfigError as error:
             raise ConfigError(str(error).splitlines()[0]) from error
 
@@ -87,19 +85,16 @@ def sweep_yaml(sweep: Sweep) -> str:
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
     """Read a sweep's file, and check it as far as that can be done without data and without drawing trials.
 
-    `--set base.a.b=c` reaches into the base, `--set space.FIELD=...` and `--set space.FIELD.low=...` into the space of a field,
-    `--set set.FIELD=...` into what all trials have.
+    `--set base.FIELD=...` sets a field of the base for all trials, as `set` of the file does, over which it wins;
+    `--set space.FIELD=...` and `--set space.FIELD.low=...` reach into the space of a field.
 
     Raises:
         ConfigError: a field of the sweep or of the base is unknown, missing, of the wrong type or out of range, or two
             contradict each other.
     """
-    raw, reaching = read_mapping(path), []
+    raw = read_mapping(path)
     for override in overrides:
-        if override.startswith("base."):
-            reaching.append(override.removeprefix("base."))
-        else:
-            raw = _overridden(raw, override)
+        raw = _overridden(raw, override)
     if isinstance(raw.get("base"), str):
         raw = {**raw, "base": read_mapping(path.parent / raw["base"])}
     _check_space(raw.get("space"), str(path))
@@ -107,7 +102,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
         config = SweepConfig.model_validate(raw)
     except ValidationError as error:
         raise ConfigError(sentences(error, raw, str(path), SweepConfig).splitlines()[0]) from error
-    sweep = Sweep(config, str(path), tuple(reaching))
+    sweep = Sweep(config, str(path))
     sweep.base()
     _check_fields(config, str(path))
     return sweep
@@ -116,6 +111,7 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:
 def _overridden(raw: dict[str, Any], override: str) -> dict[str, Any]:
     dotted, value = parse_override(override)
     section, _, field = dotted.partition(".")
+    section = "set" if section == "base" and field else section
     if section not in ("space", "set") or not field:
         return assign(raw, dotted.split("."), value, dotted)
     holder = raw.get(section) or {}
