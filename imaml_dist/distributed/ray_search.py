@@ -94,6 +94,10 @@ class Losses(_OfThisProcess, Callback):  # type: ignore[misc]
 class _Median(MedianStoppingRule):  # type: ignore[misc]
     """Tune's, which pauses trials while it knows of too few others; pausing would only cost them a start."""
 
+    def recall(self, past: _Past, reports: Sequence[Mapping[str, Any]]) -> None:
+        """Know of a trial without an opinion of it."""
+        self._results[past] += [dict(report) for report in reports]
+
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
         return str(TrialScheduler.CONTINUE)
 
@@ -138,6 +142,10 @@ def replay(scheduler: TrialScheduler, trials: Iterable[tuple[Trial, Sequence[Map
     """
     for trial, reports in trials:
         past = _Past(f"trial-{trial.name}")
+        if isinstance(scheduler, _Median):
+            if reports:
+                scheduler.recall(past, reports)
+            continue
         scheduler.on_trial_add(None, past)
         for report in reports:
             scheduler.on_trial_result(None, past, dict(report))

@@ -223,8 +223,11 @@ def _upright(axes: Axes, place: int, axis: FieldAxis) -> None:
 def _rule(axes: Axes, place: int, title: str, marks: Sequence[tuple[float, str]]) -> None:
     axes.axvline(place, ymin=0.053, ymax=0.947, color=RULE, lw=1.2, zorder=1)
     axes.text(place, 1.09, title, ha="center", va="bottom", color=INK, clip_on=False)
+    paper = {"facecolor": "white", "edgecolor": "none", "alpha": 0.85, "pad": 0.8}
     for share, name in marks:
-        axes.text(place - 0.02, share, _shortened(name), ha="right", va="center", color=QUIET, fontsize=7.5, zorder=6)
+        axes.text(
+            place - 0.02, share, _shortened(name), ha="right", va="center", color=QUIET, fontsize=7.5, bbox=paper, zorder=6
+        )  # fmt: skip
 
 
 def _shortened(name: str) -> str:

@@ -125,7 +125,7 @@ def axis_of(field: str, space: Mapping[str, Any], trials: Sequence[TrialRow]) ->
     if len(numbers) == len(values):
         at = np.array(numbers, dtype=np.float64)
         log = space.get("kind") == "loguniform" or bool(space.get("log"))
-        log = log or (at.min() > 0 and at.max() >= 16 * at.min())
+        log = log or (at.min() > 0 and at.max() >= 8 * at.min())
         return FieldAxis(field, log, [], np.log10(at) if log else at)
     given = space.get("values", [])
     order = [value for value in given if value in values] + [

@@ -36,6 +36,9 @@ def workspace(tmp_path_factory):
     (folder / "pipelines" / "configs").mkdir(parents=True)
     for path in (ROOT / "pipelines" / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
+        if "space" in config:
+            (folder / "pipelines" / "configs" / path.name).write_text(yaml.safe_dump(two_trials(config)))
+            continue
         # The seconds are for commands that set their own number of steps.
         config["run"] |= {"steps": 2, "max_seconds": 3, "backend": "local", "tasks_per_step": 4}
         config["algorithm"]["inner"]["steps"] = 1
@@ -59,6 +62,15 @@ def workspace(tmp_path_factory):
                         f"{name}/Alphabet{c // 40:02d}/character{c % 40:02d}/{c:04d}_{d:02d}.png", buffer.getvalue()
                     )
     return folder
+
+
+def two_trials(sweep):
+    """A shipped sweep with two trials of two meta-steps."""
+    for field, space in sweep["space"].items():
+        if space["kind"] == "grid":
+            space["values"] = space["values"][: 1 if field == "algorithm.lam" else 2]
+    trials = {} if sweep["searcher"]["kind"] == "grid" else {"trials": 2}
+    return sweep | {"budget": {"steps": 2, **trials}, "validation": {"tasks": 4}}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)

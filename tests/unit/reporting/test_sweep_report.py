@@ -141,7 +141,7 @@ def test_importance_is_the_share_of_the_variance_that_a_field_explains(tmp_path)
     _, trials = read_sweep(write_sweep(tmp_path / "sweep", 200))
     measured = [t for t in trials if t.status != "failed"]
     lam, cg, inner = (axis_of(field, SPACE[field], measured) for field in SPACE)
-    assert (lam.log, cg.log, inner.names) == (True, False, ["adam lr=0.01", "<img src=x onerror=alert(1)> steps=3"])
+    assert (lam.log, cg.log, inner.names) == (True, True, ["adam lr=0.01", "<img src=x onerror=alert(1)> steps=3"])
     x = np.log10([t.values["algorithm.lam"] for t in measured])
     accuracy = 2.0 - 3.0 * (x - 0.2) ** 2
     assert importance(lam, accuracy) == pytest.approx(1.0)
