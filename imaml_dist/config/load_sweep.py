@@ -27,6 +27,8 @@ COMMON = {
     "name": "the sweep, which names trials by number",
     "evaluate": "the base: the best trial alone is tested",
     "tracking": "the base",
+    "run.backend": "the base",
+    "run.device": "the base",
     "data.url": "the base, for all trials are measured on the same tasks",
     "data.way": "the base, for all trials are measured on the same tasks",
 }

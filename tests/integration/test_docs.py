@@ -113,6 +113,25 @@ def test_the_documented_configuration_is_the_real_one():
     assert build_config(documented).model_dump(by_alias=True) == build_config({"name": "x"}).model_dump(by_alias=True)
 
 
+def test_the_documented_sweep_is_one():
+    from imaml_dist.config.load import parse_yaml
+    from imaml_dist.config.sweep import SweepConfig
+    from imaml_dist.sweeps.feasible import trials_of
+
+    (text,) = [
+        text for language, text in BLOCK.findall((ROOT / "docs" / "sweeps.md").read_text()) if language == "yaml"
+    ]
+    assert trials_of(SweepConfig.model_validate(parse_yaml(text, "sweeps.md")), "sweeps.md") == 16
+
+
+@pytest.mark.parametrize("name", ["sweep_lambda_cg.yaml", "sweep_solvers.yaml"])
+def test_the_shipped_sweeps_can_be_searched(name):
+    from imaml_dist.config.load_sweep import load_sweep
+    from imaml_dist.sweeps.feasible import check_feasible
+
+    assert check_feasible(load_sweep(ROOT / "pipelines" / "configs" / name))
+
+
 def test_every_relative_link_leads_somewhere():
     for page in PAGES:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):

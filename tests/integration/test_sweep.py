@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from helpers.command import ROOT, Command, imaml
+from helpers.command import ROOT, Command, imaml, imaml_here
 from helpers.ray_cluster import clean_environment, ray_cluster
 from helpers.runs import raw_config
 
@@ -21,6 +21,7 @@ from imaml_dist.data.frozen import freeze, publish
 from imaml_dist.distributed.build import make_source, open_dataset, resolve
 from imaml_dist.distributed.group import Alone
 from imaml_dist.distributed.worker import Worker
+from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.drawing import draw
 from imaml_dist.sweeps.search import measured
 from imaml_dist.training.run_directory import RunDirectory
@@ -163,6 +164,39 @@ def check_outcome(folder: Path, where: Path) -> None:
     assert json.loads((folder / "sweep.json").read_text()) == found
 
 
+@pytest.mark.parametrize(
+    ("override", "code", "says"),
+    [
+        ("space.algorithm.lamda={kind: uniform, low: 1.0, high: 2.0}", 2, "did you mean algorithm.lam?"),
+        ("space.data.shot={kind: int, low: 1, high: 900}", 2, "data.shot"),
+        ("space.model={kind: choice, values: [{kind: mlp}, {kind: 'no.such:net'}]}", 2, "no.such:net"),
+        ("validation.tasks=0", 2, "validation.tasks: 0 given"),
+        ("base.data.url=nowhere", 2, "nowhere"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_one_sentence_before_anything_starts(data, tmp_path, override, code, says):
+    path = write_sweep(tmp_path, data)
+    found, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
+    assert (found, says in output, len(output.strip().splitlines())) == (code, True, 1), output
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_of_something_else_and_another_sweep_are_left_alone(data, tmp_path):
+    path = write_sweep(tmp_path, data)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    code, output = imaml_here("sweep", str(path), "--sweep-dir", "mine", cwd=tmp_path)
+    assert (code, "it holds 'thesis.tex'" in output) == (2, True), output
+    directory = SweepDirectory(tmp_path / "sweep")
+    directory.begin(load_sweep(path))
+    for override, says in (
+        ("searcher.seed=5", "searcher.seed: 5 given, but the sweep in sweep was begun with 0"),
+        ("base.outer.lr=0.5", "base.outer.lr: 0.5 given, but the sweep in sweep was begun with 0.003"),
+    ):
+        code, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
+        assert (code, says in output) == (2, True), output
+
+
 LEFT = """
 import json, ray
 ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
@@ -212,3 +246,84 @@ def test_trials_that_asha_stops_leave_no_actor_no_group_and_no_reserved_cpu(data
     assert stopped and all(row["steps"] < 400 for row in stopped)
     assert rows[0]["status"] == "finished"
     assert [p for p in psutil.process_iter() if "pipelines.trial" in " ".join(p.info.get("cmdline") or [])] == []
+
+
+CRASHES = """
+import os, sys
+from torch import nn
+def make(image_shape, way):
+    if sys.argv[0].endswith("trial.py"):
+        os._exit(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, way))
+"""
+
+
+@pytest.mark.slow
+def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(data, tmp_path):
+    """One that is given up at once, for it would only repeat itself, and two that crash, which are tried again."""
+    (tmp_path / "mine.py").write_text(CRASHES)
+    space = {
+        "model": {"kind": "grid", "values": [{"kind": "conv4", "channels": 2}, {"kind": "mine:make"}]},
+        "algorithm.inner.lr": {"kind": "grid", "values": [0.02, 1e12]},
+    }
+    path = write_sweep(tmp_path, data, space=space, searcher={"kind": "grid"}, budget={})
+    code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path)
+    assert code == 0, output
+    assert "Traceback" not in output
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    assert [row["status"] for row in rows] == ["finished", "failed", "failed", "failed"]
+    assert [row["losses"] for row in rows] == [0, 0, 1, 1]
+    assert "meta-steps in a row were skipped" in rows[1]["why"]
+    assert "it crashed 2 times; see" in rows[2]["why"]
+    assert "trial 2 crashed, and is started again" in output
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "Trial 1 failed: 10 meta-steps in a row were skipped" in page
+
+
+@pytest.mark.slow
+def test_optuna_and_the_median_rule_keep_what_has_ended_through_a_kill_of_the_driver(data, tmp_path):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    path = write_sweep(
+        tmp_path,
+        data,
+        steps=60,
+        space={
+            "algorithm.lam": {"kind": "loguniform", "low": 0.05, "high": 20.0},
+            "outer.lr": {"kind": "choice", "values": [0.003, 9.0]},
+        },
+        searcher={"kind": "optuna", "startup": 3},
+        scheduler={"kind": "median", "grace": 9, "min_trials": 2},
+        budget={"trials": 7},
+    )
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    with ray_cluster(nodes=2) as cluster:
+        with Command(*words, cwd=tmp_path, **cluster.env) as command:
+            wait_for(lambda: sum(event["event"] == "ended" for event in ledger(folder)) >= 2, command)
+            command.kill()
+        before = ledger(folder)
+        code, output = imaml(*words, cwd=tmp_path, **cluster.env)
+        assert code == 0, output
+    events = ledger(folder)
+    assert events[: len(before)] == before
+    for number in range(7):
+        assert [e["event"] for e in events if e["trial"] == number and e["event"] != "lost"] == ["begun", "ended"]
+    assert {row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]} <= {
+        "finished",
+        "stopped",
+    }
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_checkpoints_and_the_same_command_goes_on(data, tmp_path):
+    path = write_sweep(tmp_path, data, steps=60, budget={"trials": 2})
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    with Command(*words, cwd=tmp_path) as command:
+        wait_for(lambda: begun(folder, 0) and begun(folder, 1), command)
+        command.kill(signal.SIGINT)
+        assert command.wait() == 130, command.output
+    assert "the same command goes on with the sweep" in command.output
+    assert not any(event["event"] == "ended" for event in ledger(folder))
+    assert list((folder / "trials").glob("*/checkpoints/step-*"))
+    code, output = imaml(*words, cwd=tmp_path)
+    assert code == 0, output
+    assert [row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]] == ["finished"] * 2
