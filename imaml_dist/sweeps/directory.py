@@ -113,7 +113,10 @@ class SweepDirectory:
             file.unlink(missing_ok=True)
 
     def _check_same(self, sweep: Sweep) -> None:
-        before, after = _flat(read_mapping(self.sweep_file)), _flat(sweep.resolved())
+        before, after = (
+            _flat(found) | {"order of space": ", ".join(found["space"])}  # which that of a grid's points follows
+            for found in (read_mapping(self.sweep_file), sweep.resolved())
+        )
         for field in sorted(before.keys() | after.keys()):
             if before.get(field) != after.get(field) and field not in CHANGEABLE:
                 raise ConfigError(
