@@ -12,8 +12,10 @@ from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, MedianStoppingRule
 from ray.tune.search import Searcher
 
 from imaml_dist.config.sweep import AshaConfig, MedianConfig, SchedulerConfig
+from imaml_dist.storage.local import exclusive
 from imaml_dist.sweeps.ledger import Trial
 from imaml_dist.sweeps.search import METRIC, TIME, Search
+from imaml_dist.training.run_directory import RunDirectory
 
 
 class _OfThisProcess:
@@ -38,17 +40,20 @@ class RaySearcher(_OfThisProcess, Searcher):  # type: ignore[misc]
         super().__init__()
         self._search, self._order = search, order
         self._numbers: dict[str, int] = {}
+        self._leaving: list[RunDirectory] = []
 
     def set_search_properties(self, metric: str | None, mode: str | None, config: Any, **spec: Any) -> bool:
         """Nothing: the sweep has said it all."""
         return True
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str:
-        """The next trial; none after a request to stop."""
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial; none after a request to stop. The end is told when no stopped trial is still leaving: Tune waits for seconds
+        only when it ends, and a trial may need longer to do so in good order."""
         stopping = self._search.directory.stop_file.exists()
         trial = None if stopping else self._search.next()
         if trial is None:
-            return str(Searcher.FINISHED)
+            self._leaving = [run for run in self._leaving if _is_trained(run)]
+            return None if self._leaving else str(Searcher.FINISHED)
         self._numbers[trial_id] = trial.number
         return self._order(trial)
 
@@ -66,6 +71,7 @@ class RaySearcher(_OfThisProcess, Searcher):  # type: ignore[misc]
             case "failed":
                 self._search.failed(number, str(said.get("why", "")))
             case "stopped":
+                self._leaving.append(self._search.directory.run(self._search.ledger.trial(number)))
                 self._search.stopped(number, int(said.get(TIME, 0)))
 
     def save(self, checkpoint_path: str) -> None:
@@ -74,6 +80,12 @@ class RaySearcher(_OfThisProcess, Searcher):  # type: ignore[misc]
 
     def restore(self, checkpoint_path: str) -> None:
         """Nothing to take up."""
+
+
+def _is_trained(run: RunDirectory) -> bool:
+    """Whether a training command has the run directory for itself."""
+    with exclusive(run.driver_lock) as held:
+        return not held
 
 
 class Losses(_OfThisProcess, Callback):  # type: ignore[misc]

@@ -105,7 +105,7 @@ def tune_on_ray(search: Search, need: Need, at_a_time: int, command: list[str]) 
         tune_config=TuneConfig(
             search_alg=RaySearcher(search, order),
             scheduler=scheduler,
-            num_samples=search.left,
+            num_samples=search.left + 1,  # the searcher has the last word
             max_concurrent_trials=at_a_time,
         ),
         run_config=RunConfig(
