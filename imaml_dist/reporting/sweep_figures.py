@@ -100,7 +100,7 @@ def parallel_coordinates(axes_of: Sequence[FieldAxis], accuracy: Floats) -> Figu
 
 @rc_context(STYLE)
 def importance_bars(names: Sequence[str], shares: Sequence[float]) -> Figure:
-    """Share of the variance that each field explains by itself, the largest on top."""
+    """Share of the variance that each field predicts by itself, the largest on top."""
     height = 0.5 + 0.32 * len(names)
     figure, axes = new_axes(WIDTH, height, left=2.0, right=0.6, top=0.05, bottom=0.42)
     order = np.argsort(shares)

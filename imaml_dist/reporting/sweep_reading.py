@@ -144,23 +144,29 @@ def name_of(value: Any) -> str:
 
 
 def importance(axis: FieldAxis, accuracy: Floats) -> float | None:
-    """The share of the accuracies' variance that a field explains by itself, 0..1; None where there are too few trials to say.
+    """The share of the accuracies' variance that a field predicts by itself, 0..1; None where there are too few trials to say.
 
-    Numbers are fitted by a parabola, on a log scale where they are spread over one; names by the mean of each. The coefficient
-    of determination is adjusted for the number of fitted parameters, and 0 where it comes out below.
+    Each trial is predicted from the others alone, so that chance predicts nothing: numbers by a parabola, on a log scale where they
+    are spread over one, values of which there are few by the mean of the others with the same.
+
+    Args:
+        axis: the field, of `[n]` trials.
+        accuracy: of the trials.
     """
-    if axis.names or len(np.unique(axis.at)) < 4:
-        groups = np.unique(axis.at)
-        fitted = np.zeros_like(accuracy)
-        for place in groups:
-            fitted[axis.at == place] = accuracy[axis.at == place].mean()
-        parameters = len(groups) - 1
-    else:
-        fitted = np.asarray(np.polyval(np.polyfit(axis.share, accuracy, 2), axis.share), dtype=np.float64)
-        parameters = 2
-    left = len(accuracy) - parameters - 1
-    whole = float(((accuracy - accuracy.mean()) ** 2).sum())
-    if left < 1 or parameters < 1 or whole == 0:
+    n, values = len(accuracy), np.unique(axis.at)
+    without = (accuracy.sum() - accuracy) / (n - 1) if n > 1 else accuracy
+    whole = float(((accuracy - without) ** 2).sum())
+    if len(values) < 2 or n < 5 or whole == 0:
         return None
-    unexplained = float(((accuracy - fitted) ** 2).sum()) / whole
-    return max(0.0, 1 - unexplained * (len(accuracy) - 1) / left)
+    if axis.names or len(values) < 4:
+        errors = accuracy - without
+        for value in values:
+            same = axis.at == value
+            if (many := int(same.sum())) > 1:
+                errors[same] = (accuracy[same] - accuracy[same].mean()) * many / (many - 1)
+    else:
+        powers = np.vander(axis.share, 3)
+        q, _ = np.linalg.qr(powers)
+        leverage = (q**2).sum(1)
+        errors = (accuracy - q @ (q.T @ accuracy)) / np.maximum(1 - leverage, 1e-9)
+    return max(0.0, 1 - float((errors**2).sum()) / whole)

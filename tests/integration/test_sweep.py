@@ -26,7 +26,7 @@ from imaml_dist.sweeps.drawing import draw
 from imaml_dist.sweeps.search import measured
 from imaml_dist.training.run_directory import RunDirectory
 
-TRIALS, STEPS = 4, 12
+TRIALS, STEPS = 3, 12
 TIMES = ("seconds", "began", "ended", "losses")
 
 
@@ -113,7 +113,7 @@ def trainer(folder: Path, trial: int) -> int:
 
 def test_driver_and_trials_are_killed_and_the_table_is_that_of_trials_trained_alone(data, tmp_path):
     """On a cluster that stays, for it to have to free what a killed driver held."""
-    path = write_sweep(tmp_path, data, steps=60)
+    path = write_sweep(tmp_path, data, steps=45)
     words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
     with ray_cluster(nodes=2) as cluster:
         with Command(*words, cwd=tmp_path, **cluster.env) as command:

@@ -137,7 +137,7 @@ def test_what_cannot_be_drawn_is_said(tmp_path, trials, space):
     assert "A surface needs two fields with several values each, and three trials." in page
 
 
-def test_importance_is_the_share_of_the_variance_that_a_field_explains(tmp_path):
+def test_importance_is_the_share_of_the_variance_that_a_field_predicts(tmp_path):
     _, trials = read_sweep(write_sweep(tmp_path / "sweep", 200))
     measured = [t for t in trials if t.status != "failed"]
     lam, cg, inner = (axis_of(field, SPACE[field], measured) for field in SPACE)
@@ -154,6 +154,32 @@ def test_importance_is_the_share_of_the_variance_that_a_field_explains(tmp_path)
     assert importance(few, accuracy[:3]) is None
 
 
+def test_each_trial_is_predicted_from_the_others_alone():
+    generator = np.random.default_rng(3)
+    numbers, places = generator.uniform(0, 1, 9), np.array([0, 0, 0, 1, 1, 1, 1, 2, 1])
+    accuracy = generator.normal(0, 1, 9)
+
+    def predicted(by):
+        rest = [np.arange(9) != i for i in range(9)]
+        errors = [accuracy[i] - by(i, others) for i, others in enumerate(rest)]
+        whole = [accuracy[i] - accuracy[others].mean() for i, others in enumerate(rest)]
+        return max(0.0, 1 - np.square(errors).sum() / np.square(whole).sum())
+
+    def parabola(i, others):
+        return np.polyval(np.polyfit(numbers[others], accuracy[others], 2), numbers[i])
+
+    def mean_of_the_same(i, others):
+        same = others & (places == places[i])
+        return accuracy[same if same.any() else others].mean()
+
+    accuracy = accuracy + 6 * (numbers - 0.4) ** 2
+    axis = axis_of("x", {"kind": "uniform"}, [_Row(float(v)) for v in numbers])
+    assert importance(axis, accuracy) == pytest.approx(predicted(parabola))
+    accuracy = accuracy + 9 * (places == 1)
+    axis = axis_of("x", {"kind": "choice", "values": ["a", "b", "c"]}, [_Row("abc"[p]) for p in places])
+    assert 0 < importance(axis, accuracy) == pytest.approx(predicted(mean_of_the_same))
+
+
 def test_chance_alone_explains_nothing_on_average():
     generator = np.random.default_rng(1)
     shares = []
@@ -164,7 +190,7 @@ def test_chance_alone_explains_nothing_on_average():
 
 
 class _Row:
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: Any) -> None:
         self.values = {"x": value}
 
 
