@@ -187,6 +187,8 @@ class SweepConfig(Section):
     """Fields of the base that all trials have otherwise, by dotted name."""
     space: dict[str, Space] = Field(min_length=1)
     """What is searched, by dotted name of any field."""
+    baseline: bool = False
+    """Trial 0 has the base's own values, to compare with; they must lie within the space."""
     searcher: SearcherConfig = RandomSearcherConfig()
     scheduler: SchedulerConfig = NoSchedulerConfig()
     budget: BudgetConfig = BudgetConfig()

@@ -44,7 +44,10 @@ def write_sweep_report(folder: Path) -> Path:
         validation_tasks=found["validation_tasks"],
         verdict=_verdict(measured),
         fields=[axis.short for axis in axes],
-        rows=[_line(trial, list(space)) for trial in [*measured, *(t for t in trials if not np.isfinite(t.accuracy))]],
+        rows=[
+            _line(trial, list(space), bool(found.get("baseline")))
+            for trial in [*measured, *(t for t in trials if not np.isfinite(t.accuracy))]
+        ],
         failures=[(trial.number, trial.why) for trial in trials if trial.why],
         surface=_surface(axes, shares, accuracy, best),
         others=", ".join(axis.short for axis in axes if axis not in _two(axes, shares)),
@@ -84,12 +87,12 @@ def _verdict(measured: Sequence[TrialRow]) -> str:
     )
 
 
-def _line(trial: TrialRow, fields: Sequence[str]) -> dict[str, Any]:
+def _line(trial: TrialRow, fields: Sequence[str], baseline: bool) -> dict[str, Any]:
     interval = f" ± {100 * trial.ci95:.2f}" if np.isfinite(trial.ci95) else ""
     return {
         "number": trial.number,
         "named": [name_of(trial.values[field]) for field in fields],
-        "status": trial.status,
+        "status": f"{trial.status}, the base itself" if baseline and trial.number == 0 else trial.status,
         "losses": trial.losses,
         "validation": percent(trial.accuracy, 2) + interval,
         "best_step": "–" if trial.best_step is None else trial.best_step,

@@ -62,7 +62,11 @@ def point(grid: Mapping[str, list[Any]], number: int) -> Values:
 
 
 def draw(sweep: SweepConfig, number: int) -> Values:
-    """The values of trial `number` under the searchers `grid` and `random`; for `optuna`, those drawn by chance."""
+    """The values of trial `number` under the searchers `grid` and `random`; for `optuna`, those drawn by chance.
+
+    A baseline is not drawn; the trials after it have the values that those before them would have without it.
+    """
+    number -= sweep.baseline
     grid = grid_of(sweep.space, whole=sweep.searcher.kind == "grid")
     in_turn = point(grid, number)
     seed = 0 if sweep.searcher.kind == "grid" else sweep.searcher.seed
@@ -94,6 +98,15 @@ def at(space: Space, share: float) -> Any:
             return min(space.low + math.floor(share * (space.high - space.low + 1)), space.high)
         case _:
             return space.values[min(math.floor(share * len(space.values)), len(space.values) - 1)]
+
+
+def contains(space: Space, value: Any) -> bool:
+    """Whether a value lies within a space."""
+    if isinstance(space, ChoiceSpace | GridSpace):
+        return value in space.values
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    right = whole if isinstance(space, IntSpace) else whole or isinstance(value, float)
+    return right and space.low <= value <= space.high
 
 
 def _on_a_log_scale(low: float, high: float, share: float) -> float:

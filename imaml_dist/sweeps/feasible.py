@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from imaml_dist.config.load_sweep import Sweep
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.config.sweep import MOST_TRIALS, GridSpace, SweepConfig
 from imaml_dist.errors import ConfigError
-from imaml_dist.sweeps.drawing import corners, draw, grid_of, points
+from imaml_dist.sweeps.drawing import Values, contains, corners, draw, grid_of, points
 
 MOST_TRIED = 1000
 """Trials whose configuration is built beforehand."""
@@ -32,15 +34,37 @@ def trials_of(sweep: SweepConfig, where: str) -> int:
         )
     if asked is None and (endless or searcher == "optuna"):
         raise ConfigError(f"{where}: budget.trials: is missing; say how many trials searcher {searcher} shall have")
-    if (whole := points(grid)) > MOST_TRIALS:
+    whole = points(grid) + sweep.baseline
+    if whole > MOST_TRIALS:
         raise ConfigError(
             f"{where}: space: the grid has {whole} points, at most {MOST_TRIALS} are allowed; make it smaller"
         )
     if searcher == "grid" and asked not in (None, whole):
         raise ConfigError(
-            f"{where}: budget.trials: {asked} given, but the grid has {whole} points; remove it, or take searcher random"
+            f"{where}: budget.trials: {asked} given, but the grid {'and the baseline have' if sweep.baseline else 'has'} {whole} points; "
+            "remove it, or take searcher random"
         )
     return whole if asked is None else asked
+
+
+def baseline_of(sweep: Sweep) -> Values:
+    """The base's own values of the fields of the space.
+
+    Raises:
+        ConfigError: one of them does not lie within it.
+    """
+    values: Values = {}
+    for field, space in sweep.config.space.items():
+        found: Any = sweep.base().model_dump(by_alias=True)
+        for key in field.split("."):
+            found = found.get(key) if isinstance(found, dict) else None
+        if not contains(space, found):
+            raise ConfigError(
+                f"{sweep.where}: baseline: the base's {field} is {found!r:.60}, which does not lie within its space; extend the space, "
+                "or leave the baseline out"
+            )
+        values[field] = found
+    return values
 
 
 def check_feasible(sweep: Sweep) -> list[ExperimentConfig]:
@@ -51,7 +75,8 @@ def check_feasible(sweep: Sweep) -> list[ExperimentConfig]:
     """
     config, where = sweep.config, sweep.where
     trials = trials_of(config, where)
-    tried = corners(config.space) + [draw(config, number) for number in range(min(trials, MOST_TRIED))]
+    tried = corners(config.space) + [draw(config, n) for n in range(config.baseline, min(trials, MOST_TRIED))]
+    tried += [baseline_of(sweep)] if config.baseline else []
     found = [sweep.experiment(values, {}) for values in tried]
     if config.scheduler.kind != "none":
         grace = config.scheduler.grace

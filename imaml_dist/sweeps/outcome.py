@@ -37,6 +37,7 @@ def outcome(
     return {
         "name": sweep.config.name,
         "space": resolved["space"],
+        "baseline": sweep.config.baseline,
         "searcher": resolved["searcher"],
         "scheduler": resolved["scheduler"],
         "budget": resolved["budget"],

@@ -13,6 +13,7 @@ from imaml_dist.config.load_sweep import Sweep
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.drawing import Values, corners, draw
+from imaml_dist.sweeps.feasible import baseline_of
 from imaml_dist.sweeps.ledger import Ledger, Result, Trial
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training.run_directory import RunDirectory
@@ -88,6 +89,8 @@ class Search:
 
     def _values(self, number: int) -> Values:
         config = self.sweep.config
+        if config.baseline and number == 0:
+            return baseline_of(self.sweep)
         if config.searcher.kind != "optuna":
             return draw(config, number)
         from imaml_dist.sweeps.tpe import propose

@@ -6,7 +6,8 @@ from helpers.runs import raw_config
 
 from imaml_dist.config.load_sweep import load_sweep, sweep_yaml
 from imaml_dist.errors import ConfigError
-from imaml_dist.sweeps.feasible import check_feasible, trials_of
+from imaml_dist.sweeps.drawing import draw
+from imaml_dist.sweeps.feasible import baseline_of, check_feasible, trials_of
 
 LAM = {"kind": "loguniform", "low": 0.01, "high": 10.0}
 STEPS = {"kind": "choice", "values": [1, 2, 5]}
@@ -68,6 +69,15 @@ def test_what_is_written_down_reads_back_as_the_same_sweep(tmp_path):
     again = load_sweep(tmp_path / "again.yaml")
     assert again.base() == sweep.base()
     assert again.resolved() == sweep.resolved()
+
+
+def test_a_baseline_has_the_bases_own_values_and_comes_before_the_drawn_ones(tmp_path):
+    with_it, without = loaded(tmp_path, "baseline=true"), loaded(tmp_path)
+    assert baseline_of(with_it) == {"algorithm.lam": 0.1, "algorithm.solver.max_iterations": 2}
+    assert [draw(with_it.config, n + 1) for n in range(3)] == [draw(without.config, n) for n in range(3)]
+    grid = {"algorithm.lam": {"kind": "grid", "values": [0.1, 2.0]}}
+    swept = loaded(tmp_path, "baseline=true", space=grid, searcher={"kind": "grid"}, budget={})
+    assert trials_of(swept.config, "here") == 3
 
 
 @pytest.mark.parametrize(
@@ -158,6 +168,12 @@ def test_what_is_written_down_reads_back_as_the_same_sweep(tmp_path):
             r"trials validate every 3 of 6 meta-steps, so that it must be at least 3",
         ),
         ({"scheduler": {"kind": "median", "grace": 6}}, [], r"scheduler\.grace: 6 given, .* less than 6"),
+        ({"baseline": True}, ["base.algorithm.lam=0.001"], r"algorithm\.lam stands in both space and set"),
+        (
+            {"baseline": True, "space": {"outer.lr": {**LAM, "low": 1.0}}},
+            [],
+            r"the base's outer\.lr is 0\.003, which does not",
+        ),
         ({"base": "other.yaml"}, [], r"there is no configuration file .*other\.yaml"),
         ({}, ["max_concurrent=none"], r"max_concurrent: 'none' given, should be 'auto'"),
         ({}, ["space.algorithm.lam"], r"expected section\.field=value"),
