@@ -121,13 +121,12 @@ def _train(search: Search, need: Need) -> bool:
                 table.update()
         if tuning.error:
             raise tuning.error[0]
-    if search.directory.stop_file.exists():
-        return False
-    if left := [trial.number for trial in search.ledger.trials if trial.status == "running"]:
+    left = [trial.number for trial in search.ledger.trials if trial.status == "running"]
+    if (left or search.left) and not search.directory.stop_file.exists():
         raise ClusterError(
-            f"Ray Tune ended before trials {left} had; run the same command again, and the sweep goes on"
+            f"Ray Tune ended before all trials had (trials {left} had begun); run the same command again, and the sweep goes on"
         )
-    return True
+    return not (left or search.left)
 
 
 @dataclass

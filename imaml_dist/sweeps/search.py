@@ -104,7 +104,7 @@ class Search:
             "validate.tasks": self.sweep.config.validation.tasks,
             "validate.manifest": str(self.directory.validation_file.resolve()),
             "evaluate.tasks": 0,
-            "tracking.mlflow": False,
+            "tracking.mlflow": False,  # `sweep.json` is where a sweep is tracked
         }
 
     def _tasks(self, trial: Trial) -> int:

@@ -246,6 +246,12 @@ def test_trials_that_asha_stops_leave_no_actor_no_group_and_no_reserved_cpu(data
         code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path, timeout=280, **cluster.env)
         assert code == 0, output
         assert "2 at a time" in output
+        wide = ("--set", "base.run.threads=2", "--sweep-dir", "wide")
+        code, output = imaml("sweep", str(path), *wide, cwd=tmp_path, **cluster.env)
+        says = (
+            "a trial needs 1 workers with 2 CPUs each, the Ray cluster has room for 0; lower run.workers, run.threads"
+        )
+        assert (code, says in output) == (3, True), output
         deadline = time.monotonic() + 30
         while (found := left(cluster.env)) != {"actors": [], "groups": [], "free": 2.0} and time.monotonic() < deadline:
             time.sleep(1)
