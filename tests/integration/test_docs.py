@@ -70,7 +70,7 @@ def two_trials(sweep):
         if space["kind"] == "grid":
             space["values"] = space["values"][: 1 if field == "algorithm.lam" else 2]
     trials = {} if sweep["searcher"]["kind"] == "grid" else {"trials": 2}
-    return sweep | {"budget": {"steps": 2, **trials}, "validation": {"tasks": 4}}
+    return sweep | {"baseline": False, "budget": {"steps": 2, **trials}, "validation": {"tasks": 4}}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
