@@ -260,7 +260,8 @@ def test_trials_that_asha_stops_leave_no_actor_no_group_and_no_reserved_cpu(data
     stopped = [row for row in rows if row["status"] == "stopped"]
     assert stopped and all(row["steps"] < 400 for row in stopped)
     assert rows[0]["status"] == "finished"
-    assert [p for p in psutil.process_iter() if "pipelines.trial" in " ".join(p.info.get("cmdline") or [])] == []
+    trained = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert [words for words in trained if "pipelines.trial" in words and str(tmp_path) in words] == []
 
 
 CRASHES = """
