@@ -43,7 +43,7 @@ def response_surface(x: FieldAxis, y: FieldAxis, accuracy: Floats, best: int) ->
         accuracy: of the trials.
         best: place of the best one among them, ringed.
     """
-    figure, axes = new_axes(WIDTH, 4.4, left=0.95, right=1.0, top=0.15, bottom=0.55)
+    figure, axes = new_axes(WIDTH, 4.4, left=1.85 if y.names else 0.95, right=1.0, top=0.15, bottom=0.55)
     scale = Normalize(float(accuracy.min()), float(max(accuracy.max(), accuracy.min() + 1e-6)))
     (left, right), (low, high) = _span(x), _span(y)
     sides = [np.linspace(0, 1, _GRAIN)] * 2

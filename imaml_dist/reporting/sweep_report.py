@@ -43,6 +43,7 @@ def write_sweep_report(folder: Path) -> Path:
         median=float(np.median(accuracy)),
         validation_tasks=found["validation_tasks"],
         verdict=_verdict(measured),
+        baseline=bool(found.get("baseline")),
         fields=[axis.short for axis in axes],
         rows=[
             _line(trial, list(space), bool(found.get("baseline")))
@@ -92,7 +93,7 @@ def _line(trial: TrialRow, fields: Sequence[str], baseline: bool) -> dict[str, A
     return {
         "number": trial.number,
         "named": [name_of(trial.values[field]) for field in fields],
-        "status": f"{trial.status}, the base itself" if baseline and trial.number == 0 else trial.status,
+        "status": f"{trial.status} (base)" if baseline and trial.number == 0 else trial.status,
         "losses": trial.losses,
         "validation": percent(trial.accuracy, 2) + interval,
         "best_step": "–" if trial.best_step is None else trial.best_step,
@@ -108,7 +109,8 @@ def _two(axes: Sequence[FieldAxis], shares: Sequence[float | None]) -> list[Fiel
     chosen = [axis for axis, _ in several if axis.field in FIRST_CHOICE]
     if len(chosen) == 2:
         return sorted(chosen, key=lambda axis: FIRST_CHOICE.index(axis.field))
-    return [axis for axis, _ in sorted(several, key=lambda pair: -pair[1])[:2]]
+    most = [axis for axis, _ in sorted(several, key=lambda pair: -pair[1])[:2]]
+    return sorted(most, key=lambda axis: bool(axis.names))  # names have more room at the side
 
 
 def _surface(
