@@ -95,10 +95,10 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
 
 def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fresh: bool) -> None:
     """Find what is wrong with episodes, model and warm start before anything is started."""
-    for split, wanted in (("train", True), ("test", config.evaluate.tasks > 0)):
-        if wanted:
-            make_source(config, dataset, split)
+    make_source(config, dataset, "train")
     make_validation_source(config, dataset)
+    if config.evaluate.tasks:
+        make_source(config, dataset, "test")
     learner = make_learner(config, dataset.index.image_shape)
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(config, learner, make_source(config, dataset, "train"))

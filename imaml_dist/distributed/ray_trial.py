@@ -21,6 +21,7 @@ import ray
 from ray.tune import Trainable
 
 from imaml_dist.errors import ImamlError, InputError, TrainingError
+from imaml_dist.storage.local import exclusive
 from imaml_dist.sweeps.search import METRIC, TIME
 from imaml_dist.tracking.metrics_file import Follower, Record
 from imaml_dist.training.run_directory import RunDirectory
@@ -49,8 +50,16 @@ class TrialKeeper(Trainable):  # type: ignore[misc]
     """
 
     def setup(self, config: dict[str, Any]) -> None:
-        """Start the command; it resumes by itself."""
+        """Start the command; it resumes by itself.
+
+        Raises:
+            TrialCrashedError: a process of an earlier keeper does not leave.
+        """
         self._run = RunDirectory(Path(config["run"]))
+        self._run.path.mkdir(parents=True, exist_ok=True)
+        with exclusive(self._run.driver_lock, LEAVE_S) as left:  # a killed sweep's processes end a moment after it
+            if not left:
+                raise TrialCrashedError(f"{self._run.path} is still being trained by an earlier process")
         self._validations: deque[Record] = deque()
         self._follower = Follower(self._run.metrics_file)
         self._last: dict[str, Any] = {"number": config["number"]}
