@@ -40,7 +40,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that
 RetrySeconds = Annotated[float, typer.Option(min=0, help="How long storage may go on failing without progress.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Prepare again what is there already, to mend damage.")]
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Sign no requests, for public buckets.")]
-Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
+Run = Annotated[str, typer.Argument(help="Run directory: a path, file:// or s3:// URL.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -195,7 +195,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
     backend: Annotated[str | None, typer.Option(help="ray or local; overrides run.backend.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/<name> if not given.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Where the run is kept: a path, file:// or s3:// URL; runs/<name> if not given.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete an earlier run in the same directory and start over.")
     ] = False,
@@ -272,9 +274,9 @@ def freeze_tasks(
 def report(run: Run) -> None:
     """Write RUN/report.html, one file with everything worth looking at."""
     with _exit_codes():
-        from imaml_dist.reporting.report import write_report
+        from pipelines.report import report_run
 
-        console.out.print(str(write_report(run)), soft_wrap=True)
+        console.out.print(report_run(run), soft_wrap=True)
 
 
 @app.command()

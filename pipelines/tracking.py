@@ -20,14 +20,15 @@ def mlflow_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset) ->
         params=flatten(config),
         tags={
             "algorithm": config.algorithm.kind,
-            "run_directory": str(run.path.resolve()),
+            "run_directory": run.address,
             **{f"version.{name}": number for name, number in versions().items()},
             **({"git_commit": commit} if (commit := _git_commit()) else {}),
         },
         dataset={"name": dataset.index.name, "digest": dataset.index.fingerprint, "source": dataset.url},
         dataset_tags={"n_way": str(config.data.way), "k_shot": str(config.data.shot), "query": str(config.data.query)},
     )
-    return MlflowRun(run.path, run.metrics_file, facts)
+    run.home.mkdir(parents=True, exist_ok=True)
+    return MlflowRun(run.path, run.metrics_file, facts, run.url, run.home)
 
 
 def finish_tracking(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
@@ -51,6 +52,7 @@ def finish_tracking(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
     tracker.close(status, files, results, tags)
     if facts is not None:
         run.write_json(run.summary_file, facts | {"mlflow": tracker.identity})
+    run.share(run.summary_file, run.mlflow_file)
 
 
 def _git_commit() -> str | None:

@@ -68,23 +68,28 @@ class RunFacts:
     dataset_tags: Mapping[str, str] = field(default_factory=dict)
 
 
-def default_uri(run: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or sqlite in `mlflow.db` beside the run directory."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(run.resolve().parent / 'mlflow.db').as_posix()}"
+def default_uri(home: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, or sqlite in `mlflow.db` in the folder of the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').as_posix()}"
 
 
 class MlflowRun:
     """The link between a run directory and its MLflow run.
 
     Args:
-        run: run directory.
+        run: run directory, in which this process works.
         metrics: its `metrics.jsonl`.
         facts: sent when the MLflow run is created.
+        url: what people know the run directory by, if that is another name.
+        home: the folder that has this and other runs, if it is not the one around it.
     """
 
-    def __init__(self, run: Path, metrics: Path, facts: RunFacts) -> None:
-        self._run, self._facts = run, facts
-        self._uri = default_uri(run)
+    def __init__(
+        self, run: Path, metrics: Path, facts: RunFacts, url: str | None = None, home: Path | None = None
+    ) -> None:
+        self._run, self._facts, self._url = run, facts, url or str(run)
+        self._home = home or run.resolve().parent
+        self._uri = default_uri(self._home)
         self._state_file = run / "mlflow.json"
         self._state: dict[str, Any] = self._load_state()
         self._follower = Follower(metrics, after_step=self._state["last_step"])
@@ -146,7 +151,7 @@ class MlflowRun:
     def _unsent(self) -> TrackingError:
         return TrackingError(
             f"MLflow at {without_secrets(self._uri)} did not take everything ({self.trouble or 'no answer in time'}); nothing is lost, "
-            f"send the rest with `imaml mlflow-sync {self._run}` when the server is back"
+            f"send the rest with `imaml mlflow-sync {self._url}` when the server is back"
         )
 
     def _loop(self) -> None:
@@ -206,7 +211,7 @@ class MlflowRun:
         if experiment is None:
             location = None
             if self._uri.startswith("sqlite:"):
-                location = (self._run.resolve().parent / "mlartifacts" / self._facts.experiment).as_uri()
+                location = (self._home / "mlartifacts" / self._facts.experiment).as_uri()
             experiment_id = self._client.create_experiment(self._facts.experiment, artifact_location=location)
         else:
             experiment_id = experiment.experiment_id
