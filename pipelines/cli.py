@@ -216,6 +216,28 @@ def train(
 
 
 @app.command()
+def sweep(
+    file: Annotated[Path, typer.Argument(help="Sweep file.", show_default=False)],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set", help="Override a field of the sweep: budget.trials=8, or of its base: base.section.field=value."
+        ),
+    ] = None,
+    sweep_dir: Annotated[Path | None, typer.Option(help="Where the sweep is kept; runs/<name> if not given.")] = None,
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Delete an earlier sweep in the same directory and start over.")
+    ] = False,
+) -> None:
+    """Search hyperparameters with Ray Tune; every trial is a run of its own. The same command again resumes."""
+    with _exit_codes(orderly=True):
+        from pipelines.sweep import sweep as run_sweep
+
+        if not run_sweep(file, set_ or [], sweep_dir, fresh):
+            raise typer.Exit(INTERRUPTED)
+
+
+@app.command()
 def evaluate(
     run: Run,
     split: Annotated[str | None, typer.Option(help="train, val or test; test if not given.")] = None,

@@ -18,7 +18,14 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.load import load_config
 from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve, storage_options
+from imaml_dist.distributed.build import (
+    make_learner,
+    make_source,
+    make_validation_source,
+    open_dataset,
+    resolve,
+    storage_options,
+)
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import InputError, LossError, ModelError, StorageError, TrackingError, brief
 from imaml_dist.tasks.episode import TaskSource
@@ -96,9 +103,10 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
 
 def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fresh: bool) -> None:
     """Find what is wrong with episodes, model and warm start before anything is started."""
-    for split, wanted in (("train", True), ("val", config.validation.tasks > 0), ("test", config.evaluate.tasks > 0)):
-        if wanted:
-            make_source(config, dataset, split)
+    make_source(config, dataset, "train")
+    make_validation_source(config, dataset)
+    if config.evaluate.tasks:
+        make_source(config, dataset, "test")
     learner = make_learner(config, dataset.index.image_shape)
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(config, learner, make_source(config, dataset, "train"))
@@ -162,7 +170,9 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             cuda = config.run.device == "cuda"
             fewest, most = config.run.bounds
             console.out.print(f"starting {most if fewest == most else f'{fewest} to {most}'} Ray workers")
-            stack.enter_context(ray_session(fewest * config.run.threads, fewest if cuda else 0))
+            stack.enter_context(
+                ray_session(fewest * config.run.threads, fewest * config.run.gpus_per_worker if cuda else 0)
+            )
             backend = _Backend(lambda: train_on_ray(config, run))
         else:
             from imaml_dist.distributed.local import train_local

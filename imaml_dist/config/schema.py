@@ -207,6 +207,8 @@ class RunConfig(Section):
     """A number, or `{min, max}`: then a lost node is gone on without, and a new one made use of."""
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads per worker."""
+    gpus_per_worker: float = Field(1.0, gt=0, le=1)
+    """Share of a GPU that Ray reserves for a worker, where it has one; below 1 the trials of a sweep may share it."""
     execution: Literal["auto", "native", "vmap", "loop"] = "auto"
     """Tasks of a chunk in one call by our own CPU kernels or by torch's, or one after the other; resolved when the run begins."""
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
@@ -252,6 +254,8 @@ class ValidateConfig(Section):
     """0 switches validation off."""
     patience: int | None = Field(None, ge=1)
     """Validations in a row without a better accuracy that end the run; null trains on."""
+    manifest: str | None = None
+    """Frozen tasks to validate on, the first `tasks` of them; null draws from the val split with the run's seed."""
 
     def on_plateau(self, step: int, best: int) -> bool:
         """Whether validation has not become better for as many times as are waited for.

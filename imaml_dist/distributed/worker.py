@@ -15,8 +15,16 @@ import torch
 
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.data.frozen import FrozenTasks
 from imaml_dist.data.philox import SPEC_VERSION
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, read_ahead
+from imaml_dist.distributed.build import (
+    make_learner,
+    make_source,
+    make_validation_source,
+    open_dataset,
+    prepare_process,
+    read_ahead,
+)
 from imaml_dist.distributed.comparison import COLUMNS, Comparison
 from imaml_dist.distributed.giving_up import not_stuck
 from imaml_dist.distributed.group import Group, first_rank_decides
@@ -69,10 +77,12 @@ class Worker:
         self.config, self.run, self.group = config, run, group
         self.dataset = open_dataset(config)
         self.train_source = make_source(config, self.dataset, "train")
-        self.val_source = make_source(config, self.dataset, "val") if config.validation.tasks else None
+        self.val_source = make_validation_source(config, self.dataset)
         self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
         learned = meta_parameters(self.learner)
         drawn_from = {"dataset": self.dataset.index.fingerprint, "drawing rules": SPEC_VERSION}
+        if isinstance(self.val_source, FrozenTasks):
+            drawn_from["frozen tasks"] = self.val_source.sha256
         self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from, fixed_fields(config))
         self.save_now = False
         self._memory, self._after = memory, after

@@ -23,6 +23,7 @@ FLOORS = {
     "imaml_dist.training": 3,
     "imaml_dist.distributed": 4,
     "imaml_dist.reporting": 4,
+    "imaml_dist.sweeps": 4,
     "cluster": 5,
     "pipelines": 5,
 }
@@ -37,6 +38,7 @@ VENDOR_ROOMS = {
     "jinja2": {"imaml_dist.reporting"},
     "ray": {"imaml_dist.distributed", "cluster"},
     "kubernetes": {"cluster"},
+    "optuna": {"imaml_dist.sweeps"},
     "pydantic": {"imaml_dist.config", "imaml_dist.distributed"},
     "yaml": {"imaml_dist.config", "cluster"},
     "safetensors": {"imaml_dist.training"},
