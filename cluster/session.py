@@ -46,7 +46,7 @@ def ray_session(cpus: int, gpus: float = 0) -> Iterator[None]:
     }
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # without one Ray takes any cluster that was started on this machine
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
