@@ -1,0 +1,135 @@
+"""Several runs in one page: which is best, how they learnt, what they cost, and in what they were set up differently."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from imaml_dist.config.load import flatten, load_config
+from imaml_dist.errors import InputError
+from imaml_dist.reporting.drawing import finite, series
+from imaml_dist.reporting.overlay import Curve, Over, look, overlaid
+from imaml_dist.reporting.page import drawn, duration, render
+from imaml_dist.reporting.reading import Accuracy, read_accuracy, read_headline, read_object, read_records
+from imaml_dist.storage.local import atomic_write
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One of the runs."""
+
+    path: Path
+    name: str
+    head: dict[str, Any]
+    config: dict[str, Any]
+    records: list[dict[str, Any]]
+    summary: dict[str, Any]
+    trained: Accuracy | None
+
+    @property
+    def standing(self) -> float:
+        """Test accuracy; below all others where there is none."""
+        return -1.0 if self.trained is None else self.trained.mean
+
+
+def write_comparison(runs: Sequence[Path], target: Path) -> Path:
+    """Write a page that compares run directories, finished or not, and return its path.
+
+    Raises:
+        InputError: no run directory, the same one twice, or one of its files is damaged.
+    """
+    if len({run.resolve() for run in runs}) < len(runs):
+        raise InputError(f"the same run is given twice among {', '.join(map(str, runs))}; give each once")
+    names = _names(runs)
+    compared = sorted((_read(run, names[run]) for run in runs), key=lambda run: -run.standing)
+    ways = {run.head["way"] for run in compared}
+    curves = [Curve(run.name, run.records) for run in compared if run.records]
+    overs: tuple[Over, ...] = ("meta-step", "seconds")
+    page = render(
+        "comparison.html.j2",
+        runs=[_row(number, run, compared[0]) for number, run in enumerate(compared)],
+        same_problem=len({(run.head["data"], run.head["way"], run.head["shot"]) for run in compared}) == 1,
+        curves=[
+            (over, drawn(overlaid(curves, over, min(ways) if len(ways) == 1 else None), f"over-{over}"))
+            for over in overs
+            if curves
+        ],
+        names=[run.name for run in compared],
+        differences=_differences(compared),
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    atomic_write(target, page)
+    return target
+
+
+def _names(runs: Sequence[Path]) -> dict[Path, str]:
+    """The shortest ends of the paths that tell the runs apart."""
+    parts = {run: run.resolve().parts[1:] or (str(run),) for run in runs}
+    longest = max(map(len, parts.values()))
+    for depth in range(1, longest + 1):
+        names = {run: "/".join(found[-depth:]) for run, found in parts.items()}
+        if len(set(names.values())) == len(runs):
+            break
+    return names
+
+
+def _read(run: Path, name: str) -> Compared:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise InputError(f"{run} is not a run directory: it has no config.yaml; give directories that training wrote")
+    summary, evaluation = read_object(run / "summary.json"), read_object(run / "evaluation.json")
+    return Compared(
+        path=run,
+        name=name,
+        head=read_headline(summary, path),
+        config=flatten(load_config(path)),
+        records=read_records(run / "metrics.jsonl"),
+        summary=summary or {},
+        trained=read_accuracy(run, summary, evaluation, "trained"),
+    )
+
+
+def _row(number: int, run: Compared, best: Compared) -> dict[str, Any]:
+    """What the leaderboard says of a run."""
+    validated = series(run.records, "val_accuracy")[1]
+    seconds = run.summary.get("seconds", float(series(run.records, "seconds_step")[1].sum()))
+    speed = finite(run.summary.get("tasks_per_second"))
+    return {
+        "colour": look(number)["color"],
+        "name": run.name,
+        "head": run.head,
+        "trained": run.trained,
+        "validation": float(validated.max()) if len(validated) else np.nan,
+        "steps": len(run.records),
+        "of": run.config["run.steps"],
+        "finished": bool(run.summary),
+        "seconds": duration(seconds),
+        "speed": "–" if speed is None else f"{speed:,.1f}",
+        "verdict": _verdict(run, best),
+    }
+
+
+def _verdict(run: Compared, best: Compared) -> str:
+    """Whether the best run's lead is more than chance might have given it."""
+    if run is best or run.trained is None or best.trained is None:
+        return ""
+    behind = best.trained.mean - run.trained.mean
+    apart = "intervals disjoint" if behind > best.trained.ci95 + run.trained.ci95 else "intervals overlap"
+    return f"−{100 * behind:.1f} points, {apart}"
+
+
+def _differences(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:
+    """Fields of the configuration that are not the same in all runs, with what each says."""
+    fields = dict.fromkeys(field for run in runs for field in run.config)
+    found = [(field, [_shown(run.config, field) for run in runs]) for field in fields]
+    return [(field, values) for field, values in found if len(set(values)) > 1]
+
+
+def _shown(config: dict[str, Any], field: str) -> str:
+    if field not in config:
+        return "–"
+    return "null" if config[field] is None else str(config[field])
