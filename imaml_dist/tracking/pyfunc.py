@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlflow
+import numpy as np
 
-Arrays = Mapping[str, Any]
-Predictor = Callable[[Arrays, Mapping[str, Any]], dict[str, Any]]
-"""From arrays and parameters by the names of the signature to arrays by name."""
+Predictor = Callable[[Any, Mapping[str, Any]], dict[str, Any]]
+"""From a mapping of arrays and parameters by the names of the signature to arrays by name."""
 
 
 class FewShotModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -26,7 +26,8 @@ class FewShotModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         """Called once by MLflow."""
         self._predict = self._load(context.artifacts)
 
-    def predict(self, context: Any, model_input: Any, params: dict[str, Any] | None = None) -> dict[str, Any]:
+    # What comes is a mapping of arrays; MLflow reads the annotation, and warns whoever loads the model of any that it does not know.
+    def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> dict[str, Any]:
         """Called by MLflow for each request."""
         return self._predict(model_input, params or {})
 

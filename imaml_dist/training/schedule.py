@@ -18,7 +18,7 @@ def scheduled(first: float, schedule: ScheduleConfig | None, updates: int) -> fl
     """The value of the update that follows `updates` applied ones.
 
     With p the share of `schedule.updates` done, at most 1: linear `first + p (to - first)`; cosine
-    `to + (first - to)(1 + cos(pi p)) / 2`; step as linear, with p rounded down to a multiple of `1 / stages`.
+    `first + (to - first)(1 - cos(pi p)) / 2`; step as linear, with p rounded down to a multiple of `1 / stages`.
 
     Args:
         first: value at 0 updates.
@@ -30,7 +30,7 @@ def scheduled(first: float, schedule: ScheduleConfig | None, updates: int) -> fl
     if updates >= schedule.updates:
         return schedule.to
     if schedule.kind == "cosine":
-        return schedule.to + (first - schedule.to) * 0.5 * (1.0 + math.cos(math.pi * updates / schedule.updates))
+        return first + (schedule.to - first) * 0.5 * (1.0 - math.cos(math.pi * updates / schedule.updates))
     if schedule.kind == "step":
         return first + (schedule.to - first) * (updates * schedule.stages // schedule.updates) / schedule.stages
     return first + (schedule.to - first) * updates / schedule.updates

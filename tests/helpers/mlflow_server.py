@@ -37,17 +37,24 @@ class MlflowServer:
         }
         for name, value in defaults.items():
             command += [] if name in given else [name, value]
-        self._log = open(folder / f"server-{self.port}.log", "ab")  # noqa: SIM115 - as long as the server
-        self.process = subprocess.Popen(
-            [*command, *options],
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **env},
-            stdout=self._log,
-            stderr=subprocess.STDOUT,
-            cwd=folder,
-            start_new_session=True,
-        )
+        self._command, self._folder = [*command, *options], folder
+        self._environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", **env}
+        self.start()
+
+    def start(self) -> None:
+        """Start it, also again after it was killed."""
+        log = self._folder / f"server-{self.port}.log"
+        with open(log, "ab") as output:
+            self.process = subprocess.Popen(
+                self._command,
+                env=self._environment,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                cwd=self._folder,
+                start_new_session=True,
+            )
         try:
-            self._wait(Path(self._log.name))
+            self._wait(log)
         except BaseException:
             self.kill()
             raise
@@ -68,7 +75,6 @@ class MlflowServer:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
-        self._log.close()
 
     def __enter__(self) -> "MlflowServer":
         return self
