@@ -131,7 +131,7 @@ def _database(port: int, server: subprocess.Popen) -> str:
     connection.autocommit = True
     connection.cursor().execute("CREATE DATABASE mlflow")
     connection.close()
-    return f"postgresql://mlflow@127.0.0.1:{port}/mlflow"
+    return f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/mlflow"
 
 
 def points(uri: str, run_id: str, key: str) -> list[tuple[int, float]]:

@@ -1,11 +1,15 @@
 """MLflow runs against a real sqlite store and a real server that goes away and comes back."""
 
+import json
+import socket
 import time
 from dataclasses import replace
 
 import pytest
+from helpers.command import Command, imaml, imaml_here, wait_for_step
 from helpers.fault_proxy import Fault, FaultProxy
 from helpers.mlflow_server import MlflowServer, points
+from helpers.runs import write_config
 
 from imaml_dist.errors import TrackingError
 from imaml_dist.storage.local import without_secrets
@@ -192,10 +196,7 @@ def test_a_server_that_goes_away_loses_nothing_and_delays_nobody(run, server, mo
     tracker = MlflowRun(run, metrics, FACTS)
     tracker.start()
     write(metrics, range(20))
-    deadline = time.monotonic() + 60
-    while tracker.identity is None or len(points(server.uri, tracker.identity["run_id"], "meta/loss")) < 20:
-        assert time.monotonic() < deadline, tracker.trouble
-        time.sleep(0.2)
+    wait_until(lambda: known(run) and len(points(server.uri, known(run), "meta/loss")) == 20)
     server.kill()
     write(metrics, range(20, 50))
     with pytest.raises(TrackingError, match=r"nothing is lost.*imaml mlflow-sync"):
@@ -207,6 +208,65 @@ def test_a_server_that_goes_away_loses_nothing_and_delays_nobody(run, server, mo
     again.close("FAILED")
     assert again.identity == tracker.identity
     assert [s for s, _ in points(server.uri, again.identity["run_id"], "meta/loss")] == list(range(50))
+
+
+def test_a_run_outlives_its_server_and_then_itself(server, data, tmp_path):
+    """Killed without its server, settled by hand, resumed from an older step: every metric of every step once, and the right end."""
+    import mlflow
+
+    write_config(tmp_path / "tiny.yaml", data, checkpoint_every=40)
+    run, client = tmp_path / "run", mlflow.MlflowClient(tracking_uri=server.uri)
+    words = ("train", "tiny.yaml", "--run-dir", "run", "--set", "tracking={experiment: outlived, system_every: 0.1}")
+    with Command(*words, "--set", "run.steps=100000", cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri) as command:
+        wait_for_step(run / "metrics.jsonl", 3, command)
+        wait_until(lambda: known(run) and points(server.uri, known(run), "meta/loss"))
+        run_id = known(run)
+        assert imaml_here("mlflow-sync", str(run), cwd=tmp_path)[0] == 2  # it is being trained
+        server.kill()
+        wait_for_step(run / "metrics.jsonl", steps_of(run) + 50, command)
+        command.kill()
+    server.start()
+    assert client.get_run(run_id).info.status == "RUNNING"
+    code, output = imaml("mlflow-sync", "run", cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    assert code == 0 and "KILLED" in output, output
+    assert client.get_run(run_id).info.status == "KILLED"
+    reached = steps_of(run)
+    assert [s for s, _ in points(server.uri, run_id, "meta/loss")] == list(range(reached))
+
+    more = ("--set", f"run.steps={reached + 5}")
+    code, output = imaml(*words, *more, cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    assert code == 0 and "did not take everything" not in output, output
+    first, second = (json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines())
+    assert first["step"] == 0 < second["step"] < reached  # some steps were done twice
+    found = client.get_run(run_id)
+    assert (found.info.status, found.data.tags["resume_count"]) == ("FINISHED", "1")
+    records = metrics_file.read(run / "metrics.jsonl")
+    assert len(records) == reached + 5
+    for name, key in (("meta/loss", "meta_loss"), ("cg/residual", "cg_residual"), ("val/accuracy", "val_accuracy")):
+        expected = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        assert points(server.uri, run_id, name) == expected, name
+    for name in ("time/step", "outcome/accepted", "tasks_per_second"):
+        assert [s for s, _ in points(server.uri, run_id, name)] == list(range(reached + 5)), name
+    (busy,) = [key for key in found.data.metrics if key.endswith("/cpu_utilization_percentage")]
+    assert busy == f"system/{socket.gethostname()}/cpu_utilization_percentage"
+    assert 0 <= found.data.metrics[busy] <= 100
+
+
+def known(run):
+    """The id of a run's MLflow run; empty while there is none."""
+    file = run / "mlflow.json"
+    return json.loads(file.read_text())["run_id"] if file.is_file() else ""
+
+
+def steps_of(run):
+    return metrics_file.reached(run / "metrics.jsonl")
+
+
+def wait_until(holds, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_passwords_in_the_address_are_not_written_down(run, monkeypatch):
