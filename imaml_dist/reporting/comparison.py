@@ -47,7 +47,7 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     names = _names(runs)
     compared = sorted((_read(run, names[run]) for run in runs), key=lambda run: -run.standing)
     ways = {run.head["way"] for run in compared}
-    curves = [Curve(run.name, run.records) for run in compared if run.records]
+    curves = [Curve(run.name, run.records) for run in compared]
     overs: tuple[Over, ...] = ("meta-step", "seconds")
     page = render(
         "comparison.html.j2",
@@ -56,9 +56,8 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
         curves=[
             (over, drawn(overlaid(curves, over, min(ways) if len(ways) == 1 else None), f"over-{over}"))
             for over in overs
-            if curves
+            if any(run.records for run in compared)
         ],
-        names=[run.name for run in compared],
         differences=_differences(compared),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -109,17 +108,17 @@ def _row(number: int, run: Compared, best: Compared) -> dict[str, Any]:
         "finished": bool(run.summary),
         "seconds": duration(seconds),
         "speed": "–" if speed is None else f"{speed:,.1f}",
-        "verdict": _verdict(run, best),
+        **_behind(run, best),
     }
 
 
-def _verdict(run: Compared, best: Compared) -> str:
-    """Whether the best run's lead is more than chance might have given it."""
+def _behind(run: Compared, best: Compared) -> dict[str, str]:
+    """The best run's lead, and whether it is more than chance might have given it."""
     if run is best or run.trained is None or best.trained is None:
-        return ""
+        return {"behind": "", "apart": ""}
     behind = best.trained.mean - run.trained.mean
-    apart = "intervals disjoint" if behind > best.trained.ci95 + run.trained.ci95 else "intervals overlap"
-    return f"−{100 * behind:.1f} points, {apart}"
+    apart = "disjoint" if behind > best.trained.ci95 + run.trained.ci95 else "overlap"
+    return {"behind": f"{100 * behind:.1f} points", "apart": apart}
 
 
 def _differences(runs: Sequence[Compared]) -> list[tuple[str, list[str]]]:

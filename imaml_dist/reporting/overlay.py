@@ -60,7 +60,7 @@ def overlaid(curves: Sequence[Curve], over: Over, way: int | None) -> Figure:
         steps, accuracy = series(curve.records, "query_accuracy")
         at = _along(curve.records, steps, over)
         mean = running_mean(accuracy, min(101, len(accuracy) // 20 * 2 + 1))
-        axes.plot(thin(at), thin(mean), lw=1.5, **style)
+        axes.plot(thin(at), thin(mean), lw=1.5, label=curve.name, **style)
         steps, points = series(curve.records, "val_accuracy")
         axes.plot(
             _along(curve.records, steps, over),
@@ -78,6 +78,8 @@ def overlaid(curves: Sequence[Curve], over: Over, way: int | None) -> Figure:
     axes.set_ylim(max(0.0, lowest - 0.05), 1.02)
     finish(axes, "query accuracy", over)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    if len(curves) <= len(COLOURS):
+        axes.legend(loc="lower right", bbox_to_anchor=(1.0, 0.08), ncol=2, handlelength=1.6)
     return figure
 
 

@@ -41,7 +41,7 @@ def test_the_best_run_comes_first_and_differences_are_those_of_the_configuration
     page = write_comparison(runs, tmp_path / "out" / "page.html").read_text()
     order = [page.index(f"</span>{name}<") for name in ("b", "c", "a", "unfinished")]
     assert order == sorted(order)
-    assert "−5.0 points, intervals disjoint" in page and "−0.5 points, intervals overlap" in page
+    assert "5.0 points <small>disjoint" in page and "0.5 points <small>overlap" in page
     table = page[page.index("Differences of configuration") :]
     assert re.findall(r'<th scope="row">([^<]+)</th>', table) == ["algorithm.lam", "run.seed"]
     assert "2.0" in table
