@@ -142,6 +142,8 @@ class MlflowRun:
 
     def _send(self) -> None:
         """Send what is new; raises whatever the client raises, and then the same records are sent again."""
+        if self.trouble is not None:
+            self._link.knock()  # a batch that nobody takes costs a meta-step of this process ten times as much
         self._link.open(self._facts)
         self._pending += self._follower.poll()
         while self._pending:
