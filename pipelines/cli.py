@@ -40,7 +40,7 @@ SkipBad = Annotated[bool, typer.Option("--skip-bad", help="Leave out images that
 RetrySeconds = Annotated[float, typer.Option(min=0, help="How long storage may go on failing without progress.")]
 Fresh = Annotated[bool, typer.Option("--fresh", help="Prepare again what is there already, to mend damage.")]
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Sign no requests, for public buckets.")]
-Run = Annotated[Path, typer.Argument(help="Run directory.", show_default=False)]
+Run = Annotated[str, typer.Argument(help="Run directory: a path, file:// or s3:// URL.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
@@ -195,7 +195,9 @@ def train(
     config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
     backend: Annotated[str | None, typer.Option(help="ray or local; overrides run.backend.")] = None,
-    run_dir: Annotated[Path | None, typer.Option(help="Where the run is kept; runs/<name> if not given.")] = None,
+    run_dir: Annotated[
+        str | None, typer.Option(help="Where the run is kept: a path, file:// or s3:// URL; runs/<name> if not given.")
+    ] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete an earlier run in the same directory and start over.")
     ] = False,
@@ -253,22 +255,21 @@ def freeze_tasks(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Run directory, or several to compare.", show_default=False)],
+    runs: Annotated[list[str], typer.Argument(help="Run directory, or several to compare.", show_default=False)],
     out: Annotated[
         Path | None, typer.Option("--out", help="Page that compares several; comparison.html if not given.")
     ] = None,
 ) -> None:
     """Write RUN/report.html, one file with everything worth looking at; of several runs, one page that compares them."""
     with _exit_codes():
-        from imaml_dist.reporting.comparison import write_comparison
-        from imaml_dist.reporting.report import write_report
+        from pipelines.report import compare_runs, report_run
 
         if len(runs) == 1 and out is not None:
             raise InputError(
                 f"--out {out}: a single run's report is RUN/report.html; leave --out away, or give more runs"
             )
-        page = write_report(runs[0]) if len(runs) == 1 else write_comparison(runs, out or Path("comparison.html"))
-        console.out.print(str(page), soft_wrap=True)
+        page = report_run(runs[0]) if len(runs) == 1 else compare_runs(runs, out or Path("comparison.html"))
+        console.out.print(page, soft_wrap=True)
 
 
 @app.command()

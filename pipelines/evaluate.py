@@ -20,10 +20,9 @@ from imaml_dist.distributed.build import (
     storage_options,
 )
 from imaml_dist.errors import ConfigError
-from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.meta_parameters import meta_parameters
-from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.state import updates_of
 from pipelines import console, kernels
 
@@ -44,7 +43,7 @@ def check_choice(split: str, tasks: int) -> None:
 
 
 def evaluate_run(
-    path: Path, split: str | None = None, tasks: int | None = None, manifest: str | None = None
+    path: str | Path, split: str | None = None, tasks: int | None = None, manifest: str | None = None
 ) -> dict[str, Any]:
     """Mean accuracy, 95% interval and accuracy per task of the best checkpoint, transductive and inductive.
 
@@ -58,7 +57,8 @@ def evaluate_run(
         InputError: no such run, split or checkpoint, or a manifest that cannot be used with it.
     """
     sys.path.insert(0, os.getcwd())
-    run = RunDirectory(path)
+    run = open_run(path)
+    run.collect()
     config = run.config()
     if config.run.device == "cuda" and not torch.cuda.is_available():
         config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
@@ -74,7 +74,7 @@ def evaluate_run(
         split, tasks = frozen.split, len(frozen.tasks)
         source = FrozenTasks(open_dataset(config), frozen, dtype_of(config))
     step = run.best_checkpoint()
-    tensors, facts = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
+    tensors, facts = run.load_checkpoint(step)
     learner = make_learner(config, source.image_shape, updates_of(facts))
     meta_parameters(learner).load(tensors)
     with console.progress(f"evaluating {config.name} on {split}") as show:

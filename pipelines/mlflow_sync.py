@@ -6,14 +6,14 @@ from pathlib import Path
 
 from imaml_dist.distributed.build import open_dataset
 from imaml_dist.errors import InputError
-from imaml_dist.storage.local import exclusive
+from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
 from pipelines.summary import is_finished
 from pipelines.tracking import finish_tracking, mlflow_run
 
 
-def sync(path: Path) -> None:
+def sync(path: str | Path) -> None:
     """Send the remaining metrics and the run's files, and close the MLflow run.
 
     A run whose process was killed cannot have said so itself: it becomes KILLED here, or FAILED if it noted that it did, and
@@ -23,9 +23,10 @@ def sync(path: Path) -> None:
         InputError: no such run, or it is being trained.
         TrackingError: the server cannot be reached.
     """
-    run = RunDirectory(path)
+    run = open_run(path)
+    run.collect()
     config = run.config()
-    with exclusive(run.driver_lock) as held:
+    with run.driving() as held:
         if not held:
             raise InputError(f"{path} is being trained, which sends its metrics as it goes on; wait for its end")
         tracker = mlflow_run(config, run, open_dataset(config))

@@ -10,6 +10,7 @@ from typing import Any
 from imaml_dist.config.load import flatten, load_config
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.errors import ConfigError, InputError, TrackingError
+from imaml_dist.storage.local import local_path
 from imaml_dist.tracking.mlflow_parent import MlflowParent
 from imaml_dist.training.repeats import Spread
 from imaml_dist.training.run_directory import RunDirectory
@@ -27,7 +28,9 @@ SPREADS = {
 """Fields of `summary.json` that repeats are compared by."""
 
 
-def train_seeds(config_path: Path, overrides: Sequence[str], run_dir: Path | None, fresh: bool, seeds: int) -> bool:
+def train_seeds(
+    config_path: Path, overrides: Sequence[str], run_dir: str | Path | None, fresh: bool, seeds: int
+) -> bool:
     """Train under the configured seed and the next ones, each in `RUN/seed-<seed>`.
 
     The same command again goes on with the first seed that is not finished. Every run is a child of one MLflow run. In the end
@@ -44,7 +47,7 @@ def train_seeds(config_path: Path, overrides: Sequence[str], run_dir: Path | Non
         ImamlError: see `train`; and if the directory holds something else.
     """
     config = load_config(config_path, overrides)
-    folder = run_dir or Path("runs") / f"{config.name}-seeds"
+    folder = _folder(run_dir or Path("runs") / f"{config.name}-seeds")
     first = config.run.seed
     if first + seeds > 2**63:
         raise ConfigError(
@@ -73,6 +76,14 @@ def train_seeds(config_path: Path, overrides: Sequence[str], run_dir: Path | Non
             _close(parent, folder, list(runs.values()), status)
     _show(config, folder, result)
     return True
+
+
+def _folder(run_dir: str | Path) -> Path:
+    if str(run_dir).startswith("s3://"):
+        raise InputError(
+            f"--run-dir {run_dir}: --seeds keeps its runs beside each other in a folder; give a path, or train each seed by itself"
+        )
+    return local_path(run_dir)
 
 
 def _check_usable(folder: Path) -> None:

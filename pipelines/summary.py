@@ -15,7 +15,6 @@ from imaml_dist.distributed.traffic import KEYS
 from imaml_dist.errors import InputError
 from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.mlflow_run import MlflowRun
-from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of
 from pipelines import console
@@ -23,7 +22,7 @@ from pipelines import console
 
 def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, tracker: MlflowRun | None) -> dict[str, Any]:
     """The facts of a finished run, as written to `summary.json`."""
-    loaded = checkpoints.load_newest(run.checkpoints)
+    loaded = run.newest_checkpoint()
     assert loaded is not None, "a finished run has a checkpoint"
     tensors, facts = loaded
     evaluation = run.read_json(run.evaluation_file) if config.evaluate.tasks else None
@@ -131,7 +130,7 @@ def show_summary(run: RunDirectory) -> None:
             **_asked(facts.get("storage")),
             "excluded tasks, skipped steps": f"{facts['skipped_tasks']}, {facts.get('skipped_steps', 0)}",
             "params sha256": facts["params_sha256"][:16],
-            "report": str(run.report_file),
+            "report": f"{run.url}/{run.report_file.name}",
         },
         console.TWO_ACCURACIES if facts["test_accuracy"] is not None else "",
     )

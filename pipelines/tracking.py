@@ -47,13 +47,15 @@ def mlflow_run(
         experiment=config.tracking.experiment or config.name,
         name=config.name if parent is None else f"{config.name}/{run.path.name}",
         params=flatten(config),
-        tags={**_tags(config, run.path), "resume_count": str(len(run.starts())), **tags},
+        tags={**_tags(config, run.address), "resume_count": str(len(run.starts())), **tags},
         dataset={"name": dataset.index.name, "digest": dataset.index.fingerprint, "source": dataset.url},
         dataset_tags={"n_way": str(config.data.way), "k_shot": str(config.data.shot), "query": str(config.data.query)},
         files=[run.config_file],
         parent=parent,
     )
-    return MlflowRun(run.path, run.metrics_file, facts)
+    home = None if run.home == run.path.resolve().parent else run.home  # a folder may lie in that of a sweep
+    run.home.mkdir(parents=True, exist_ok=True)
+    return MlflowRun(run.path, run.metrics_file, facts, run.url, home)
 
 
 def mlflow_parent(
@@ -72,7 +74,7 @@ def mlflow_parent(
         experiment=config.tracking.experiment or config.name,
         name=folder.resolve().name,
         params=params,
-        tags={**_tags(config, folder), **tags},
+        tags={**_tags(config, str(folder.resolve())), **tags},
         files=files,
     )
     return MlflowParent(folder, facts)
@@ -99,6 +101,7 @@ def finish_tracking(tracker: MlflowRun, run: RunDirectory, status: str, timeout:
         tracker.close(status, files, results, tags, timeout, figures, model)
     if facts is not None:
         run.write_json(run.summary_file, facts | {"mlflow": tracker.identity})
+    run.share(run.summary_file, run.mlflow_file)
     if tracker.registered:
         console.out.print(tracker.registered, soft_wrap=True)
 
@@ -144,12 +147,12 @@ def _as_labels(labels: list[int]) -> Any:
     return np.asarray(labels, dtype=np.int64)
 
 
-def _tags(config: ExperimentConfig, folder: Path) -> dict[str, str]:
+def _tags(config: ExperimentConfig, address: str) -> dict[str, str]:
     """Where something runs and on what; differs from start to start."""
     ray = os.environ.get("RAY_ADDRESS")
     found = {
         "algorithm": config.algorithm.kind,
-        "run_directory": str(folder.resolve()),
+        "run_directory": address,
         # What the operator of Kubernetes tells the pods of a Ray cluster, else the address, else this machine.
         "cluster": os.environ.get("RAY_CLUSTER_NAME") or (without_secrets(ray) if ray else platform.node()),
         "image": os.environ.get("IMAML_IMAGE"),

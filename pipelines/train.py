@@ -18,14 +18,14 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.load import load_config
 from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve
+from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve, storage_options
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import InputError, LossError, ModelError, TrackingError, brief
-from imaml_dist.storage.local import exclusive
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.tracking.metrics_file import Follower
 from imaml_dist.tracking.mlflow_run import MlflowRun
-from imaml_dist.training import checkpoints, warm_start
+from imaml_dist.training import warm_start
+from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console, kernels
 from pipelines.profile import show_profile
@@ -39,7 +39,7 @@ INTERRUPTED = 130
 
 
 def train(
-    config_path: Path, overrides: Sequence[str], run_dir: Path | None, fresh: bool, parent: str | None = None
+    config_path: Path, overrides: Sequence[str], run_dir: str | Path | None, fresh: bool, parent: str | None = None
 ) -> bool:
     """Train as a configuration file says.
 
@@ -60,14 +60,13 @@ def train(
     asked = load_config(config_path, overrides)
     dataset = open_dataset(asked)  # first, for kernels take long to compile
     config = resolve(asked, cuda=torch.cuda.is_available(), native=kernels.usable)
-    run = RunDirectory(run_dir or Path("runs") / config.name)
+    run = open_run(run_dir or Path("runs") / config.name, storage_options(config))
     _preflight(config, dataset, run, fresh)
     run.check_usable()
-    run.path.mkdir(parents=True, exist_ok=True)
-    with exclusive(run.driver_lock) as held:
+    with run.driving() as held:
         if not held:
             raise InputError(
-                f"{run.path} is being trained by another imaml train; wait for it, or choose another --run-dir"
+                f"{run.url} is being trained by another imaml train; wait for it, or choose another --run-dir"
             )
         return _train_run(config, run, dataset, fresh, parent)
 
@@ -75,7 +74,7 @@ def train(
 def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool, parent: str | None) -> bool:
     run.begin(config, fresh=fresh)
     if not fresh and is_finished(config, run):
-        console.out.print(f"{run.path} is finished; --fresh starts over, a larger run.steps goes on", soft_wrap=True)
+        console.out.print(f"{run.url} is finished; --fresh starts over, a larger run.steps goes on", soft_wrap=True)
         show_summary(run)
         return True
     tracker = mlflow_run(config, run, dataset, parent) if config.tracking.mlflow else None
@@ -84,17 +83,19 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
     status = "FAILED"
     try:
         stop = _train_and_follow(config, run)
+        run.collect()
         status = "KILLED" if stop is Stop.INTERRUPTED else "FINISHED"
         if stop is not Stop.INTERRUPTED:
             run.write_json(run.summary_file, summary(config, run, dataset, tracker))
             from imaml_dist.reporting.report import write_report
 
             write_report(run.path)
+            run.share(run.summary_file, run.report_file)
     finally:
         if tracker is not None:
             _close(tracker, run, status)
     if stop is Stop.INTERRUPTED:
-        console.err.print(f"interrupted; the same command goes on from the last checkpoint: {run.path}", soft_wrap=True)
+        console.err.print(f"interrupted; the same command goes on from the last checkpoint: {run.url}", soft_wrap=True)
         return False
     if config.run.profile:
         show_profile(run)
@@ -111,7 +112,7 @@ def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fr
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(config, learner, make_source(config, dataset, "train"))
     source = config.warm_start
-    if source.path is not None and (fresh or not checkpoints.steps(run.checkpoints)):  # a resumed run needs it no more
+    if source.path is not None and (fresh or not run.checkpoint_steps()):  # a resumed run needs it no more
         warm_start.check_outside(source.path, run.path)
         warm_start.load_into(learner.model, source.path, source.skip)
     dataset.close()  # the workers open it for themselves; here only its index is of use
@@ -164,6 +165,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             from imaml_dist.distributed.local import train_local
 
             backend = _Backend(lambda: train_local(config, run))
+        stack.enter_context(run.following())
         stack.enter_context(_stop_on_signals(run))
         show = stack.enter_context(console.progress(f"meta-training {config.name}"))
         thread = threading.Thread(target=backend, name="training", daemon=True)
@@ -206,7 +208,7 @@ def _stop_on_signals(run: RunDirectory) -> Iterator[None]:
     try:
         yield
     finally:
-        run.stop_file.unlink(missing_ok=True)
+        run.withdraw_stop()
         for number, handler in earlier.items():
             signal.signal(number, handler)
 

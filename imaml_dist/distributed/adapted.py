@@ -42,7 +42,7 @@ def write_files(run: RunDirectory, step: int, image_shape: tuple[int, int, int],
     Raises:
         CheckpointError: the checkpoint does not verify.
     """
-    tensors, facts = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
+    tensors, facts = run.load_checkpoint(step)
     learned = {name: value for name, value in tensors.items() if name.startswith((MODEL, OWN))}
     files = {CONFIG: "config.yaml", TENSORS: "model.safetensors", FACTS: "facts.json"}
     paths = {name: folder / file for name, file in files.items()}

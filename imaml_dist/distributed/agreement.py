@@ -14,14 +14,18 @@ A wrong gradient of a right state is in everybody's sum, and is not seen here.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-AT_ONCE = 1 << 20
-"""Numbers, so that a large state needs no second one of integers."""
+AT_ONCE = {"cpu": 1 << 16}
+"""Numbers, by kind of device: so many as stay in the cache of a core."""
+
+AT_ONCE_ELSEWHERE = 1 << 22
+"""So that a large state needs no second one of integers."""
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -32,17 +36,41 @@ def checksum(tensors: Iterable[Tensor]) -> int:
     Computed where the tensors are, with integers, so that it does not depend on the order of additions.
     """
     sums, begin = [], 0
-    for tensor in tensors:
-        bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
-        for part in torch.split(bits, AT_ONCE):
-            weights = torch.arange(begin, begin + len(part), device=part.device).mul_(2).add_(1)
-            sums.append((part.to(torch.int64) * weights).sum())
-            begin += len(part)
+    for bits in _pieces(tensors):
+        whole = bits.to(torch.int64)
+        sums.append((whole * _weights(bits.device)[: len(bits)]).sum() + 2 * begin * whole.sum())
+        begin += len(bits)
     # Optimisers keep their counts of steps on the CPU, wherever the parameters are: one sum a device, one wait for each.
     by_device: dict[torch.device, list[Tensor]] = {}
     for one in sums:
         by_device.setdefault(one.device, []).append(one)
     return sum(int(torch.stack(on_device).sum()) for on_device in by_device.values()) % 2**64
+
+
+def _pieces(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    """The bits of all numbers in order, neighbours of one kind joined: many small tensors cost as much as there are numbers in them."""
+    waiting: list[Tensor] = []
+    for tensor in tensors:
+        bits = tensor.detach().reshape(-1).view(_INTEGERS[tensor.element_size()])
+        most = _at_once(bits.device)
+        for part in torch.split(bits, most):
+            alike = not waiting or (part.dtype, part.device) == (waiting[0].dtype, waiting[0].device)
+            if not alike or sum(map(len, waiting)) + len(part) > most:
+                yield torch.cat(waiting)
+                waiting = []
+            waiting.append(part)
+    if waiting:
+        yield torch.cat(waiting)
+
+
+def _at_once(device: torch.device) -> int:
+    return AT_ONCE.get(device.type, AT_ONCE_ELSEWHERE)
+
+
+@lru_cache(maxsize=8)
+def _weights(device: torch.device) -> Tensor:
+    """`2 i + 1`."""
+    return torch.arange(_at_once(device), device=device).mul_(2).add_(1)
 
 
 @dataclass

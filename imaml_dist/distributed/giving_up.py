@@ -5,7 +5,6 @@ from __future__ import annotations
 from imaml_dist.config.schema import RunConfig
 from imaml_dist.errors import TrainingError
 from imaml_dist.tracking import metrics_file
-from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import MetaState
 
@@ -41,7 +40,7 @@ def not_stuck(config: RunConfig, run: RunDirectory, state: MetaState) -> None:
     skipped = state.skipped_in_a_row
     if skipped >= config.give_up_after:
         ended = ", ".join(f"{n} {name}" for name, n in state.ledger.outcomes_of_last(skipped).items())
-        newest = max(checkpoints.steps(run.checkpoints), default=None)
+        newest = max(run.checkpoint_steps(), default=None)
         raise TrainingError(
             f"{skipped} meta-steps in a row were skipped, because more than half of their tasks were excluded or the gradient "
             f"was not finite (their tasks ended {ended}); the last good checkpoint is of step {newest}; try a smaller "

@@ -8,23 +8,16 @@ that the survivors remember.
 
 from __future__ import annotations
 
-import os
-import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
-from imaml_dist.distributed.channel import Channel, Message
+from imaml_dist.distributed.channel import Message
 from imaml_dist.distributed.crew import Crew
+from imaml_dist.distributed.rank_process import POLL_S, RankProcess
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import ClusterError
-
-POLL_S = 0.1
 
 START_S = 180.0
 """For a process to come up: a busy machine imports torch slowly."""
@@ -56,87 +49,6 @@ class Limits:
 
     silence: float
     collective: float
-
-
-class RankProcess:
-    """A process of `rank.py`."""
-
-    def __init__(self) -> None:
-        ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(  # noqa: S603 - our own module, no shell
-                [sys.executable, "-m", "imaml_dist.distributed.rank", str(theirs.fileno())],
-                stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
-                start_new_session=True,  # a terminal's Ctrl-C is not for it
-                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
-            )
-        self._channel = Channel(ours)
-        self._heard = time.monotonic()
-        self.ready = False
-        self.joining = self.member = False
-        """Of a group: about to be, and until it says how that ended."""
-        self.step = -1
-        """The last that it told."""
-
-    @property
-    def pid(self) -> int:
-        """Of the operating system."""
-        return self._process.pid
-
-    @property
-    def alive(self) -> bool:
-        """Whether it runs, or is stopped."""
-        return self._channel.open and self._process.poll() is None
-
-    @property
-    def silent(self) -> float:
-        """Seconds since its last word."""
-        return time.monotonic() - self._heard
-
-    def join(self, **order: Any) -> None:
-        """Have it train in a group."""
-        self.joining = self.member = True
-        self._channel.send(do="join", **order)
-
-    def save(self) -> None:
-        """Have it ask for a checkpoint."""
-        self._channel.send(do="save")
-
-    def hear(self, wait: float) -> list[Message]:
-        """What it says that is not only a sign of life, after so many seconds at most."""
-        news = []
-        for message in self._channel.receive(wait):
-            self._heard = time.monotonic()
-            match message["said"]:
-                case "beat":
-                    self.step = message["step"]
-                case "ready":
-                    self.ready = True
-                case "joined":
-                    self.joining = False
-                case _:
-                    self.joining = self.member = False
-                    news.append(message)
-        return news
-
-    def wait_until_ready(self, timeout: float) -> bool:
-        """Whether it comes up in time."""
-        deadline = time.monotonic() + timeout
-        while not self.ready and self.alive and time.monotonic() < deadline:
-            self.hear(POLL_S)
-        return self.ready and self.alive
-
-    def kill(self) -> None:
-        """End it, whatever it does, and wait until it is gone."""
-        self._process.kill()
-        self._process.wait()
-        self._channel.close()
-
-    def how_it_ended(self) -> str:
-        """In words; waits for it."""
-        code = self._process.wait()
-        return f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
 
 
 class Keeper:
@@ -266,6 +178,13 @@ class Keeper:
             elif process.silent > self._limits.silence:
                 self._lose(f"was silent for {process.silent:.1f} s")
                 crew.end(generation)
+            elif (
+                process.stuck > self._limits.collective + JOIN_S
+            ):  # all have stopped: else another would have waited in vain
+                self._lose(
+                    f"computed nothing for {process.stuck:.0f} s, run.collective_timeout is {self._limits.collective:g}"
+                )
+                crew.end(generation)
             elif self._with_spare and process.step > begun >= 0:  # a spare is in the way of a first step
                 self._tend_spare()
             if ended is not None and crew.all_finished(generation):
@@ -283,7 +202,7 @@ class Keeper:
             self._heard()
             waited = time.monotonic() - since
             longest = JOIN_S if process.joining else self._limits.collective + JOIN_S
-            if process.silent > self._limits.silence or waited > longest:
+            if process.silent > self._limits.silence or max(waited, process.stuck) > longest:
                 self._lose(f"did not leave its group for {waited:.0f} s")
         return self._LOST
 

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from imaml_dist.distributed.agreement import Course
-from imaml_dist.distributed.group import Group
+from imaml_dist.distributed.group import Group, first_rank_decides
 from imaml_dist.tracking.metrics_file import Record
 from imaml_dist.training import checkpoints
 from imaml_dist.training.packing import pack, unpack
+from imaml_dist.training.run_directory import RunDirectory, State
 from imaml_dist.training.state import sha256_of
 
 
@@ -45,6 +46,24 @@ class Memory:
     def written(self) -> int:
         """Meta-steps whose metrics are surely written."""
         return self.step if self.record is None else int(self.record["step"])
+
+
+def checkpoint_of_first_rank(group: Group, run: RunDirectory, step: int) -> State:
+    """The checkpoint of a step as rank 0 reads it, on every rank; the others need not see where it lies.
+
+    Raises:
+        CheckpointError, StorageError: rank 0 cannot read it; ranks other than 0 raise an `ImamlError` that only says so.
+    """
+    found: list[State] = []
+
+    def read() -> int:
+        found.append(run.load_checkpoint(step))
+        return 0
+
+    first_rank_decides(group, read)
+    if group.world == 1:
+        return found[0]
+    return unpack(group.broadcast(pack(*found[0]) if found else b"", 0))
 
 
 def newest(group: Group, mine: Memory | None) -> Memory | None:

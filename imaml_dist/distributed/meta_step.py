@@ -13,7 +13,7 @@ from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.distributed import schedules
+from imaml_dist.distributed import progress, schedules
 from imaml_dist.distributed.chunks import Deal, chunks_of
 from imaml_dist.distributed.group import Group
 from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
@@ -105,6 +105,7 @@ class MetaStep:
                 seconds[phase] += spent
             total.add(tree_sum(out.rows))
             rows.append(out.tasks.to_rows())
+            progress.note()
         reduce = time.perf_counter()
         gradient, tasks = total.finish(), self._tasks(rows)
         seconds["reduce"] = time.perf_counter() - reduce

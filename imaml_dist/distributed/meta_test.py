@@ -11,12 +11,13 @@ from torch import Tensor
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
+from imaml_dist.distributed import progress
 from imaml_dist.distributed.build import make_learner, make_source, read_ahead
 from imaml_dist.distributed.chunks import chunks_of, even_deal
 from imaml_dist.distributed.group import Group, first_rank_decides
+from imaml_dist.distributed.memory import checkpoint_of_first_rank
 from imaml_dist.distributed.reduction import gather_chunks
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
-from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import COLUMNS, TASKS_AT_ONCE, Evaluation, predict_queries, task_scores
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
@@ -40,6 +41,7 @@ def shared_accuracy(
         for row, episodes in enumerate(coming):
             scores = task_scores(learner, episodes.to(device))
             mine[row, : len(scores)] = scores.cpu()
+            progress.note()
     rows = gather_chunks(group, mine, deal).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 
@@ -65,7 +67,7 @@ def meta_test(
     source = make_source(config, dataset, split)
     # Rank 0 chooses, for it alone knows that what it has written is whole.
     step = first_rank_decides(group, run.best_checkpoint)
-    tensors, facts = checkpoints.load(checkpoints.path_of(run.checkpoints, step))
+    tensors, facts = checkpoint_of_first_rank(group, run, step)
     untrained, trained = (make_learner(config, source.image_shape, updates_of(facts)) for _ in range(2))
     meta_parameters(trained).load(tensors)
     results = []
@@ -98,6 +100,7 @@ def meta_test(
             "untrained_predictions": _predictions(untrained, episodes),
         }
         run.write_json(run.evaluation_file, result)
+        run.share(run.evaluation_file)
     return result
 
 

@@ -3,14 +3,13 @@
     python -m imaml_dist.distributed.rank FD
 
 FD is the process's end of its `Channel`. It is told `join` (train, in this group) and `save` (a checkpoint at the end of the
-step), and says `ready`, `joined`, `beat` (twice a second, with its step), and how a group ended for it: `ended`, `lost`,
-`failed` (an error that is the run's), `crashed` (any other) or `faulty` (its state is not that of the others), which are this
-process's end, too.
+step), and says `ready`, `joined`, `beat` (twice a second, with its step and how much it computed), and how a group ended for it:
+`ended`, `lost`, `failed` (an error that is the run's), `crashed` (any other) or `faulty` (its state is not that of the others), which
+are this process's end, too.
 """
 
 from __future__ import annotations
 
-import ctypes
 import os
 import queue
 import signal
@@ -29,17 +28,16 @@ import torch.distributed as dist
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from imaml_dist.config.load import build_config
+from imaml_dist.distributed import progress
+from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.channel import Channel, Message
 from imaml_dist.distributed.group import ProcessGroup, losses
 from imaml_dist.distributed.memory import Memory
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import DisagreementError, ImamlError, PeerLostError, brief
-from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.remote_run import open_run
 
 BEAT_S = 0.5
-
-_SIGNAL_AT_PARENTS_DEATH = 1
-"""PR_SET_PDEATHSIG of Linux."""
 
 
 class Rank:
@@ -72,7 +70,8 @@ class Rank:
 
     def _beat(self) -> None:
         while True:
-            self._channel.send(said="beat", step=-1 if self._worker is None else self._worker.state.step)
+            step = -1 if self._worker is None else self._worker.state.step
+            self._channel.send(said="beat", step=step, chunks=progress.chunks())
             time.sleep(BEAT_S)
 
     def _save(self) -> None:
@@ -108,6 +107,7 @@ class Rank:
             torch.cuda.set_device(order["gpu"])
         limit = timedelta(seconds=order["timeout"])
         worker = None
+        progress.begin()
         try:
             with losses():
                 store = TCPStore(order["host"], order["port"], is_master=False, timeout=limit)
@@ -122,7 +122,8 @@ class Rank:
                     timeout=limit,
                 )
             self._channel.send(said="joined")
-            config, run = build_config(order["config"]), RunDirectory(Path(order["run"]))
+            config = build_config(order["config"])
+            run = open_run(order["run"], storage_options(config), Path(order["folder"]))
             worker = self._worker = Worker(config, run, ProcessGroup(), self._memory, order["after"])
             return worker.run_to_end()
         finally:
@@ -147,12 +148,5 @@ def _wait_for_all(store: TCPStore, order: Message) -> None:
         time.sleep(0.02 * max(1.0, order["world"] / 64))
 
 
-def _end_with_parent() -> None:
-    """Have the kernel end this process with its keeper, also if it is stopped then and cannot notice; Linux only."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SIGNAL_AT_PARENTS_DEATH, int(signal.SIGKILL))
-
-
 if __name__ == "__main__":
-    _end_with_parent()
     Rank(Channel(socket.socket(fileno=int(sys.argv[1])))).live()

@@ -2,7 +2,7 @@
 
 Ray places the keepers, tells them how many they are, and starts all of them again when a node or a keeper is lost; the loss of
 a rank's process the keepers mend among themselves (`keeper`). Ray keeps nothing of ours: checkpoints, metrics and the reason
-of a failure lie in the run directory, which all nodes must see under the same path.
+of a failure lie in the run directory: in object storage, or in a folder that all nodes see under the same path.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from imaml_dist.errors import ImamlError, TrainingError
 from imaml_dist.storage.local import local_path
 from imaml_dist.storage.opening import S3
 from imaml_dist.tracking import metrics_file
-from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
 RESIZE_S = 60.0
@@ -41,7 +40,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
 
     Args:
         config: resolved configuration.
-        run: a begun run directory on storage that all nodes share.
+        run: a begun run directory, in object storage or on a file system that all nodes share.
 
     Returns:
         Why the loop ended.
@@ -77,7 +76,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
             keep_rank,
             train_loop_config={
                 "config": config.model_dump(by_alias=True) | _absolute(config),
-                "run": str(run.path.resolve()),
+                "run": run.address,
                 "import_path": [os.getcwd()],
                 "starts": starts,
             },
@@ -99,7 +98,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         result = _fitted(fit, run, TrainingFailedError)
     except (TrainingFailedError, RayError) as error:  # the latter if Ray's controller of the run is lost
         raise_failure(run)
-        newest = max(checkpoints.steps(run.checkpoints), default=None)
+        newest = max(run.checkpoint_steps(), default=None)
         raise TrainingError(
             f"Ray gave up ({errors.brief(error)}); the last good checkpoint is of step {newest}; see the worker logs of Ray, then run "
             "the same command again to resume"
@@ -119,13 +118,14 @@ def _fitted(fit: Callable[[], Any], run: RunDirectory, failed: type[Exception]) 
             return fit()
         except failed:
             raise_failure(run)
+            run.collect()
             if metrics_file.reached(run.metrics_file) <= before or run.stop_file.exists():
                 raise
 
 
 def raise_failure(run: RunDirectory) -> None:
     """Raise in this process what a worker has left in the run directory, if anything."""
-    failure = run.read_json(run.failure_file)
+    failure = run.failure()
     if failure is not None:
         kind = getattr(errors, str(failure["type"]), ImamlError)
         raise kind(str(failure["message"]))

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 from imaml_dist.config.load import build_config
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.crew import connect, open_store
 from imaml_dist.distributed.interface import interface_of
-from imaml_dist.distributed.keeper import Keeper, Limits, RankProcess
+from imaml_dist.distributed.keeper import Keeper, Limits
+from imaml_dist.distributed.rank_process import RankProcess
 from imaml_dist.distributed.stop import Stop
-from imaml_dist.errors import ImamlError, PeerLostError
+from imaml_dist.errors import ImamlError, PeerLostError, StorageError
+from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 
 
@@ -20,8 +24,8 @@ def keep_rank(payload: dict[str, Any]) -> int:
     """Keep this worker's rank to the end of the run.
 
     Args:
-        payload: `config`, `run` (its directory), `import_path` for a user's own modules, and `starts`, how often the run had been
-            started before this command.
+        payload: `config`, `run` (the address of its directory), `import_path` for a user's own modules, and `starts`, how often the
+            run had been started before this command.
 
     Returns:
         The `Stop`; INTERRUPTED if the run failed, whose error lies in the run directory then.
@@ -30,18 +34,20 @@ def keep_rank(payload: dict[str, Any]) -> int:
         PeerLostError: another keeper is lost. Ray starts all of them again.
         ImamlError: this one cannot keep its rank; the run directory has the error, too.
     """
-    run = RunDirectory(Path(payload["run"]))
+    config = build_config(payload["config"])
+    run = open_run(payload["run"], storage_options(config))
+    run.collect()
 
     def failed(kind: str, message: str) -> None:
         try:
-            run.write_json(run.failure_file, {"type": kind, "message": message})
-        except OSError as error:  # a full disk may be the very failure
+            run.fail(kind, message)
+        except (OSError, StorageError) as error:  # a full disk may be the very failure
             print(f"{kind}: {message} (which cannot be written: {error})", file=sys.stderr, flush=True)
 
-    if run.failure_file.exists():  # Ray restarts the group after any error; one that will only repeat itself ends here
+    if run.failure() is not None:  # Ray restarts the group after any error; one that will only repeat itself ends here
         return int(Stop.INTERRUPTED)
     try:
-        stop = _keep(payload, failed)
+        stop = _keep(payload, config, run, failed)
     except PeerLostError:
         raise
     except ImamlError as error:
@@ -50,7 +56,9 @@ def keep_rank(payload: dict[str, Any]) -> int:
     return int(Stop.INTERRUPTED if stop is None else stop)
 
 
-def _keep(payload: dict[str, Any], failed: Any) -> Stop | None:
+def _keep(
+    payload: dict[str, Any], config: ExperimentConfig, run: RunDirectory, failed: Callable[[str, str], None]
+) -> Stop | None:
     from ray import train
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
@@ -65,10 +73,10 @@ def _keep(payload: dict[str, Any], failed: Any) -> Stop | None:
     process = RankProcess()
     opened = open_store(here) if rank == 0 else None
     host, port = broadcast_from_rank_zero(None if opened is None else [here, opened[1]])
-    config = build_config(payload["config"])
     cuda = config.run.device == "cuda"
     order = {
         **payload,
+        "folder": str(run.path),
         "host": host,
         "port": port,
         "rank": rank,
@@ -79,9 +87,7 @@ def _keep(payload: dict[str, Any], failed: Any) -> Stop | None:
     }
     limits = Limits(config.run.heartbeat_timeout, config.run.collective_timeout)
     crew = connect(host, port, rank, world, None if opened is None else opened[0])
-    again = (
-        "a node or a keeper was lost" if len(RunDirectory(Path(payload["run"])).starts()) > payload["starts"] else None
-    )
+    again = "a node or a keeper was lost" if len(run.starts()) > payload["starts"] else None
     return Keeper(process, crew, order, limits, failed, _preempted, before=again).run()
 
 

@@ -16,6 +16,7 @@ chunk's gradient must reach everybody after it is there. Splitting nodes so that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -54,7 +55,8 @@ def gather_chunks(group: Group, mine: Tensor, deal: Deal) -> Tensor:
     return torch.cat([part[:count] for part, count in zip(group.gather(padded), counts, strict=True)])
 
 
-def own_nodes(held: range, chunks: int) -> list[range]:
+@lru_cache(maxsize=4096)  # one per rank of a deal, which seldom changes
+def own_nodes(held: range, chunks: int) -> tuple[range, ...]:
     """The largest nodes of the tree over `chunks` rows that lie within `held`, as ranges of rows, in order.
 
     A node of level l covers rows i 2^l to (i + 1) 2^l, those that there are; its value is `tree_sum` of them.
@@ -68,7 +70,7 @@ def own_nodes(held: range, chunks: int) -> list[range]:
             return [range(begin, end)]
         return below(begin, width // 2) + below(begin + width // 2, width // 2)
 
-    return below(0, _width(chunks))
+    return tuple(below(0, _width(chunks)))
 
 
 def join(nodes: Sequence[range], rows: Tensor, chunks: int) -> Tensor:

@@ -10,8 +10,8 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.giving_up import getting_on
 from imaml_dist.distributed.group import Group, first_rank_decides
-from imaml_dist.distributed.memory import Memory, newest
-from imaml_dist.errors import CheckpointError, StorageError, TrainingError
+from imaml_dist.distributed.memory import Memory, checkpoint_of_first_rank, newest
+from imaml_dist.errors import CheckpointError, TrainingError
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.run_directory import RunDirectory
@@ -49,7 +49,7 @@ def resume(
     if taken is not None:
         state.restore(taken.tensors, taken.facts)
     elif (found := first_rank_decides(group, lambda: _newest_checkpoint(run, rejected))) > 0:
-        state.restore(*checkpoints.load(checkpoints.path_of(run.checkpoints, found)))
+        state.restore(*checkpoint_of_first_rank(group, run, found))
     elif config.warm_start.path is not None:
         warm = _warm_start(config, group, learner, config.warm_start.path)
     digest = int(sha256_of(state.tensors())[:15], 16)
@@ -67,15 +67,13 @@ def resume(
         facts |= {"warm_start": {"path": config.warm_start.path, "sha256": warm}} if warm else {}
         try:
             # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
-            checkpoints.set_aside_after(run.checkpoints, state.step)
+            run.set_checkpoints_aside_after(state.step)
             written = state.step if taken is None else taken.written
             if reached > written:
                 metrics_file.rewind(run.metrics_file, written)
             run.record_start(facts)
         except OSError as error:
-            raise StorageError(
-                f"{run.path} cannot be written ({error}); free space and run the same command again to resume"
-            ) from error
+            raise run.cannot_be_written(error) from error
     return taken
 
 
@@ -89,14 +87,14 @@ def _is_written(run: RunDirectory, memory: Memory) -> bool:
     best = int(memory.facts["best"]["step"])
     try:
         if 0 <= best <= memory.written:  # a later one is written as the step is ended again
-            checkpoints.load(checkpoints.path_of(run.checkpoints, best))
+            run.load_checkpoint(best)
     except CheckpointError:
         return False
     return metrics_file.reached(run.metrics_file) >= memory.written
 
 
 def _newest_checkpoint(run: RunDirectory, rejected: list[str]) -> int:
-    loaded = checkpoints.load_newest(run.checkpoints, rejected.append)
+    loaded = run.newest_checkpoint(rejected.append)
     return 0 if loaded is None else checkpoints.step_of(loaded[1])
 
 

@@ -30,12 +30,12 @@ from imaml_dist.distributed.resumption import resume
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.traffic import Traffic
 from imaml_dist.errors import StorageError
-from imaml_dist.storage.local import exclusive
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.outer import make_optimizer
 from imaml_dist.training.profile import StepProfile
-from imaml_dist.training.run_directory import RunDirectory, fixed_fields
+from imaml_dist.training.resumable import fixed_fields
+from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import Best, MetaState
 from imaml_dist.training.writer import RunWriter
 
@@ -109,9 +109,9 @@ class Worker:
             stack.callback(self.dataset.close)
             # A rank 0 on a machine that was cut off holds the lock until it has waited in vain for the others.
             wait = max(WRITER_WAIT_S, self.config.run.collective_timeout)
-            if self.group.rank == 0 and not stack.enter_context(exclusive(self.run.writer_lock, wait)):
+            if self.group.rank == 0 and not stack.enter_context(self.run.writing(wait)):
                 raise StorageError(
-                    f"{self.run.path} is still written to by workers of an earlier start; end them and try again"
+                    f"{self.run.url} is still written to by workers of an earlier start; end them and try again"
                 )
             stop = self._train()
             if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:

@@ -36,16 +36,22 @@ class Compared:
         return -1.0 if self.trained is None else self.trained.mean
 
 
-def write_comparison(runs: Sequence[Path], target: Path) -> Path:
+def write_comparison(runs: Sequence[Path], target: Path, addresses: Sequence[str] | None = None) -> Path:
     """Write a page that compares run directories, finished or not, and return its path.
+
+    Args:
+        runs: run directories.
+        target: the page.
+        addresses: what people know them by, if that is another name.
 
     Raises:
         InputError: no run directory, the same one twice, or one of its files is damaged.
     """
-    if len({run.resolve() for run in runs}) < len(runs):
-        raise InputError(f"the same run is given twice among {', '.join(map(str, runs))}; give each once")
-    names = _names(runs)
-    compared = sorted((_read(run, names[run]) for run in runs), key=lambda run: -run.standing)
+    known = [str(run.resolve()) for run in runs] if addresses is None else list(addresses)
+    if len(set(known)) < len(known):
+        raise InputError(f"the same run is given twice among {', '.join(known)}; give each once")
+    named = zip(runs, _names(known), strict=True)
+    compared = sorted((_read(run, name) for run, name in named), key=lambda run: -run.standing)
     ways = {run.head["way"] for run in compared}
     curves = [Curve(run.name, run.records) for run in compared]
     overs: tuple[Over, ...] = ("meta-step", "seconds")
@@ -65,13 +71,13 @@ def write_comparison(runs: Sequence[Path], target: Path) -> Path:
     return target
 
 
-def _names(runs: Sequence[Path]) -> dict[Path, str]:
-    """The shortest ends of the paths that tell the runs apart."""
-    parts = {run: run.resolve().parts[1:] or (str(run),) for run in runs}
-    longest = max(map(len, parts.values()))
-    for depth in range(1, longest + 1):
-        names = {run: "/".join(found[-depth:]) for run, found in parts.items()}
-        if len(set(names.values())) == len(runs):
+def _names(known: Sequence[str]) -> list[str]:
+    """The shortest ends of addresses that tell them apart."""
+    parts = [[part for part in address.split("/") if part] for address in known]
+    names = list(known)
+    for depth in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(found[-depth:]) for found in parts]
+        if len(set(names)) == len(names):
             break
     return names
 

@@ -52,18 +52,19 @@ class RunFacts:
     parent: str | None = None
 
 
-def default_uri(folder: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or sqlite in `mlflow.db` beside the run directory.
+def default_uri(home: Path) -> str:
+    """`MLFLOW_TRACKING_URI`, or sqlite in `mlflow.db` in the folder of the runs."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').as_posix()}"
+
+
+def home_of(folder: Path) -> Path:
+    """The folder that has this and other runs: the one around it.
 
     A run within a sweep, or one of several seeds, goes where that goes: its folder lies in one that has an MLflow run of its own.
     """
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(_outermost(folder).parent / 'mlflow.db').as_posix()}"
-
-
-def _outermost(folder: Path) -> Path:
     found = folder.resolve()
     near = list(found.parents)[:_DEEPEST]
-    return next((above for above in reversed(near) if (above / STATE).is_file()), found)
+    return next((above for above in reversed(near) if (above / STATE).is_file()), found).parent
 
 
 def cleaned(name: str) -> str:
@@ -76,13 +77,15 @@ class MlflowLink:
 
     Args:
         folder: must exist.
+        home: the folder that has this and other runs, if it is another one than that of `home_of`.
 
     Attributes:
         uri: of the server or the database, with its password.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder, self.uri = folder, default_uri(folder)
+    def __init__(self, folder: Path, home: Path | None = None) -> None:
+        self._home = home or home_of(folder)
+        self.uri = default_uri(self._home)
         self._file = folder / STATE
         self._state = _FORGOTTEN | {"uri": without_secrets(self.uri)}
         if self._file.is_file():
@@ -206,7 +209,7 @@ class MlflowLink:
             return str(found.experiment_id)
         location = None
         if self.uri.startswith("sqlite:"):
-            location = (_outermost(self.folder).parent / "mlartifacts" / name).as_uri()
+            location = (self._home / "mlartifacts" / name).as_uri()
         return str(self.client.create_experiment(name, artifact_location=location))
 
     def _describe(self, facts: RunFacts) -> None:

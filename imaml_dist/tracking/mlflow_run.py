@@ -48,18 +48,22 @@ class MlflowRun:
     """What a run directory tells its MLflow run.
 
     Args:
-        run: run directory.
+        run: run directory, in which this process works.
         metrics: its `metrics.jsonl`.
         facts: sent when the MLflow run is created, and what may have changed when it is gone on with.
+        url: what people know the run directory by, if that is another name.
+        home: the folder that has this and other runs, if it is another one than that of `mlflow_link.home_of`.
 
     Attributes:
         trouble: why nothing can be sent for now; None while all is well.
         registered: what became of the model that `close` was given; empty where none was.
     """
 
-    def __init__(self, run: Path, metrics: Path, facts: RunFacts) -> None:
-        self._run, self._metrics, self._facts = run, metrics, facts
-        self._link = MlflowLink(run)
+    def __init__(
+        self, run: Path, metrics: Path, facts: RunFacts, url: str | None = None, home: Path | None = None
+    ) -> None:
+        self._metrics, self._facts, self._url = metrics, facts, url or str(run)
+        self._link = MlflowLink(run, home)
         self._follower = Follower(metrics, after_step=self._link.recall("last_step"))
         self._pending: list[Record] = []
         self._closing = threading.Event()
@@ -108,7 +112,7 @@ class MlflowRun:
         Raises:
             TrackingError: the server did not take everything within `timeout` seconds; nothing is lost.
         """
-        again = f"send the rest with `imaml mlflow-sync {self._run}` when the server is back"
+        again = f"send the rest with `imaml mlflow-sync {self._url}` when the server is back"
         self._closing.set()
         self._link.remember(status=status)
         if self._thread is not None:

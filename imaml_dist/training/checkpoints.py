@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from imaml_dist.storage.local import atomic_write, sync_folder
 FORMAT, VERSION = "imaml-checkpoint", 1
 TENSORS, FACTS, MANIFEST = "state.safetensors", "state.json", "manifest.json"
 
-_MANIFEST_BYTES = 1 << 16
+MANIFEST_BYTES = 1 << 16
 """No manifest is longer; what is, is not read."""
 
 _NAME = re.compile(r"step-([0-9]{8})\Z")
@@ -116,16 +116,26 @@ def load_newest(
     Raises:
         CheckpointError: there are checkpoints and none of them verifies.
     """
+    return newest_that_verifies(steps(folder), lambda step: load(path_of(folder, step)), str(folder), rejected)
+
+
+def newest_that_verifies(
+    steps: Sequence[int],
+    load: Callable[[int], tuple[dict[str, Tensor], dict[str, Any]]],
+    where: str,
+    rejected: Callable[[str], None] | None = None,
+) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """As `load_newest`, wherever checkpoints come from."""
     reasons = []
-    for step in reversed(steps(folder)):
+    for step in reversed(steps):
         try:
-            return load(path_of(folder, step))
+            return load(step)
         except CheckpointError as error:
             reasons.append(str(error))
             if rejected is not None:
                 rejected(str(error))
     if reasons:
-        raise CheckpointError(f"no checkpoint in {folder} verifies ({reasons[0]}); start over with --fresh")
+        raise CheckpointError(f"no checkpoint in {where} verifies ({reasons[0]}); start over with --fresh")
     return None
 
 
@@ -161,11 +171,17 @@ def set_aside_after(folder: Path, step: int) -> None:
 
 def prune(folder: Path, keep: int, best: int) -> None:
     """Delete all checkpoints but the newest `keep` and the one of step `best`, and leftovers of interrupted writes."""
-    for step in steps(folder)[:-keep]:
-        if step != best:
+    kept = to_keep(steps(folder), keep, best)
+    for step in steps(folder):
+        if step not in kept:
             _delete(path_of(folder, step))
     for leftover in folder.glob(".step-*.part"):
         shutil.rmtree(leftover, ignore_errors=True)
+
+
+def to_keep(steps: Sequence[int], keep: int, best: int) -> set[int]:
+    """Of these steps, oldest first, those that `prune` leaves."""
+    return {*steps[-keep:], *([best] if best in steps else [])}
 
 
 def _manifest(step: int, contents: dict[str, bytes]) -> bytes:
@@ -208,8 +224,8 @@ def _read(file: Path, size: Any = None) -> bytes:
     found = file.lstat()
     if not stat.S_ISREG(found.st_mode):
         raise CheckpointError(f"{file} is a link, a folder or a device, not a file of the checkpoint's own")
-    if size is None and found.st_size > _MANIFEST_BYTES:
-        raise CheckpointError(f"{file} is {found.st_size} bytes long, no manifest has more than {_MANIFEST_BYTES}")
+    if size is None and found.st_size > MANIFEST_BYTES:
+        raise CheckpointError(f"{file} is {found.st_size} bytes long, no manifest has more than {MANIFEST_BYTES}")
     if size is not None and found.st_size != size:
         raise CheckpointError(f"{file} is {found.st_size} bytes long, its manifest says {size!r:.40}")
     with file.open("rb") as stream:

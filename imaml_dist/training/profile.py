@@ -59,8 +59,10 @@ class StepProfile:
         assert self._trace is not None
         try:
             self._run.profile.mkdir(exist_ok=True)
-            self._trace.export_chrome_trace(str(self._run.profile / "trace.json.gz"))
+            trace = self._run.profile / "trace.json.gz"
+            self._trace.export_chrome_trace(str(trace))
             self._run.write_json(self._run.profile_file, result)
+            self._run.share(self._run.profile_file, trace)
         except OSError as error:
             raise StorageError(
                 f"{self._run.profile} cannot be written ({error}), but all steps and checkpoints are; free space and run the same "

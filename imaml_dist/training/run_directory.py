@@ -1,50 +1,34 @@
-"""A run directory: where a run keeps everything, and the rules by which an old one is taken up again."""
+"""A run directory: where a run keeps everything."""
 
 from __future__ import annotations
 
 import json
 import shutil
 import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-from imaml_dist.config.load import flatten, load_config, to_yaml
+from torch import Tensor
+
+from imaml_dist.config.load import load_config, to_yaml
 from imaml_dist.config.schema import ExperimentConfig
-from imaml_dist.errors import CheckpointError, ConfigError, InputError
-from imaml_dist.storage.local import atomic_write
+from imaml_dist.errors import CheckpointError, InputError, StorageError
+from imaml_dist.storage.local import atomic_write, exclusive
+from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.metrics_file import finite
 from imaml_dist.training import checkpoints
+from imaml_dist.training.resumable import check_resumable
 
-RESUMABLE = (
-    "run.steps",
-    "run.max_seconds",
-    "run.workers",
-    "run.backend",
-    "run.checkpoint_every",
-    "run.checkpoint_minutes",
-    "run.keep",
-    "run.give_up_after",
-    "run.profile",
-    "run.compare_every",
-    "run.deal",
-    "run.heartbeat_timeout",
-    "run.collective_timeout",
-    "validate.every",
-    "validate.patience",
-    "evaluate",
-    "storage",
-    "tracking",
-)
-"""Fields, or whole sections, that a resumed run may change: none of them changes what a meta-step computes.
-
-`run.steps` does under a schedule other than constant, and is refused then."""
-
-PLACES = ("data.url", "warm_start.path")
-"""Fields that a worker elsewhere has under other values; what lies there is compared by its content."""
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""Tensors and facts of a checkpoint."""
 
 
 class RunDirectory:
-    """Paths of a run and the small files beside its checkpoints.
+    """Paths of a run, its checkpoints, and the small files beside them.
+
+    All processes of a run see the same folder; `RemoteRunDirectory` is for those that do not.
 
     Args:
         path: created by `begin`.
@@ -66,9 +50,49 @@ class RunDirectory:
         self.profile = path / "profile"
         self._files = [file for file in vars(self).values() if isinstance(file, Path) and file.suffix]
         self._files += [self.stop_file]
+        self._folders = [self.checkpoints, self.ray_scratch, self.profile]
         self.profile_file = self.profile / "profile.json"
         self.driver_lock = path / ".driver.lock"
         self.writer_lock = path / ".writer.lock"
+
+    @property
+    def url(self) -> str:
+        """What people know the run by."""
+        return str(self.path)
+
+    @property
+    def home(self) -> Path:
+        """The folder of this machine that has this and other runs."""
+        return self.path.resolve().parent
+
+    @property
+    def address(self) -> str:
+        """By which another process opens it, wherever it works."""
+        return str(self.path.resolve())
+
+    def driving(self) -> AbstractContextManager[bool]:
+        """Be the one command of the run; yields whether that is so."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        return exclusive(self.driver_lock)
+
+    def writing(self, wait: float) -> AbstractContextManager[bool]:
+        """Be the one that writes metrics and checkpoints; yields whether that is so, after `wait` seconds at most."""
+        return exclusive(self.writer_lock, wait)
+
+    @contextmanager
+    def following(self) -> Iterator[None]:
+        """Have the small files and the metrics be those of the run while it goes on."""
+        yield
+
+    def collect(self) -> None:
+        """Have the small files and the metrics be those of the run, now that nobody writes them."""
+
+    def share(self, *files: Path) -> None:
+        """Make what this process has written to files of the run that of all."""
+
+    def secure_metrics(self) -> None:
+        """Wait until all metrics on record survive the loss of this process and machine."""
+        metrics_file.make_durable(self.metrics_file)
 
     def begin(self, config: ExperimentConfig, *, fresh: bool = False) -> None:
         """Make the directory and write the resolved configuration, or check that it may go on under this one.
@@ -81,11 +105,11 @@ class RunDirectory:
         if fresh:
             self._clear()
         if self.config_file.is_file():
-            check_resumable(self.config(), config, self.path)
+            check_resumable(self.config(), config, self.url)
         self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.config_file, to_yaml(config).encode())
-        for request in (self.stop_file, self.failure_file):
-            request.unlink(missing_ok=True)
+        self.share(self.config_file)
+        self._forget(self.stop_file, self.failure_file)
 
     def check_usable(self) -> None:
         """Refuse a folder that belongs to something else.
@@ -93,24 +117,29 @@ class RunDirectory:
         Raises:
             InputError: the folder is not empty and holds no run.
         """
-        ours = {*self._files, self.checkpoints, self.ray_scratch, self.profile}
-        foreign = sorted(entry.name for entry in self._entries() if entry not in ours)
-        if self._entries() and (foreign or not self.config_file.is_file()):
+        ours, found = {path.name for path in (*self._files, *self._folders)}, self._entries()
+        foreign = sorted(found - ours)
+        if found and (foreign or self.config_file.name not in found):
             what = f"it holds {foreign[0]!r}" if foreign else "it has no config.yaml"
-            raise InputError(f"{self.path} is not empty and holds no run ({what}); choose another --run-dir")
+            raise InputError(f"{self.url} is not empty and holds no run ({what}); choose another --run-dir")
 
-    def _entries(self) -> list[Path]:
+    def _entries(self) -> set[str]:
         """What the folder holds besides our locks, which are held while it is cleared, and half-written files."""
         if not self.path.is_dir():
-            return []
+            return set()
         locks = (self.driver_lock, self.writer_lock)
-        return [e for e in self.path.iterdir() if e not in locks and not (e.name[0] == "." and e.suffix == ".part")]
+        entries = (e for e in self.path.iterdir() if e not in locks and not (e.name[0] == "." and e.suffix == ".part"))
+        return {entry.name for entry in entries}
 
     def _clear(self) -> None:
         """Delete what a run writes, and nothing else."""
-        for folder in (self.checkpoints, self.ray_scratch, self.profile):
+        for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         for file in self._files:
+            file.unlink(missing_ok=True)
+
+    def _forget(self, *files: Path) -> None:
+        for file in files:
             file.unlink(missing_ok=True)
 
     def config(self) -> ExperimentConfig:
@@ -120,7 +149,7 @@ class RunDirectory:
             InputError: the directory holds no run.
         """
         if not self.config_file.is_file():
-            raise InputError(f"{self.path} holds no run (no config.yaml); give the --run-dir of a training run")
+            raise InputError(f"{self.url} holds no run (no config.yaml); give the --run-dir of a training run")
         return load_config(self.config_file)
 
     def record_start(self, facts: dict[str, Any]) -> None:
@@ -128,6 +157,7 @@ class RunDirectory:
         whole = not self.starts_file.is_file() or self.starts_file.read_bytes()[-1:] in (b"", b"\n")
         with open(self.starts_file, "a", encoding="utf-8") as file:
             file.write(("" if whole else "\n") + json.dumps({"time": time.time(), **facts}) + "\n")
+        self.share(self.starts_file)
 
     def starts(self) -> list[dict[str, Any]]:
         """All starts of the training loop so far, oldest first."""
@@ -163,6 +193,43 @@ class RunDirectory:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path} is not JSON ({error}); delete it and run the command again") from error
 
+    def withdraw_stop(self) -> None:
+        """Ask no more."""
+        self._forget(self.stop_file)
+
+    def fail(self, kind: str, message: str) -> None:
+        """Tell the command which error ends the run.
+
+        Raises:
+            OSError, StorageError: it cannot be written.
+        """
+        self.write_json(self.failure_file, {"type": kind, "message": message})
+        self.share(self.failure_file)
+
+    def failure(self) -> Any:
+        """What a worker has told; None if nothing."""
+        return self.read_json(self.failure_file)
+
+    def cannot_be_written(self, reason: object) -> StorageError:
+        """The error for a full disk and its like."""
+        return StorageError(
+            f"{self.url} cannot be written ({reason}); free space and run the same command again to resume"
+        )
+
+    def checkpoint_steps(self) -> list[int]:
+        """Steps with a finished checkpoint, oldest first; not verified."""
+        return checkpoints.steps(self.checkpoints)
+
+    def load_checkpoint(self, step: int) -> State:
+        """Verify and read one; see `checkpoints.load`."""
+        return checkpoints.load(checkpoints.path_of(self.checkpoints, step))
+
+    def newest_checkpoint(self, rejected: Callable[[str], None] | None = None) -> State | None:
+        """The newest that verifies; see `checkpoints.load_newest`."""
+        return checkpoints.newest_that_verifies(
+            self.checkpoint_steps(), self.load_checkpoint, f"{self.url}/{self.checkpoints.name}", rejected
+        )
+
     def best_checkpoint(self) -> int:
         """Step of the checkpoint with the best validation accuracy.
 
@@ -171,45 +238,25 @@ class RunDirectory:
         Raises:
             CheckpointError: there is none, or none verifies.
         """
-        newest = checkpoints.load_newest(self.checkpoints)
+        newest = self.newest_checkpoint()
         if newest is None:
-            raise CheckpointError(f"{self.path} has no checkpoint yet; let the run reach its first one")
+            raise CheckpointError(f"{self.url} has no checkpoint yet; let the run reach its first one")
         _, facts = newest
         try:
             best = int(facts["best"]["step"])
-            checkpoints.load(checkpoints.path_of(self.checkpoints, best))
+            self.load_checkpoint(best)
         except (CheckpointError, KeyError, TypeError, ValueError, OverflowError):
             return checkpoints.step_of(facts)
         return best
 
+    def save_checkpoint(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
+        """Write one; see `checkpoints.save`."""
+        checkpoints.save(self.checkpoints, step, tensors, facts)
 
-def fixed_fields(config: ExperimentConfig) -> dict[str, Any]:
-    """The fields that a resumed run may not change, in JSON's types, but for places, which have many names."""
-    fixed = {field: value for field, value in flatten(config).items() if not _resumable(field) and field not in PLACES}
-    found: dict[str, Any] = json.loads(json.dumps(fixed))
-    return found
+    def prune_checkpoints(self, keep: int, best: int) -> None:
+        """Delete all but the newest `keep` and the one of step `best`."""
+        checkpoints.prune(self.checkpoints, keep, best)
 
-
-def _resumable(field: str) -> bool:
-    return any(field == r or field.startswith(r + ".") for r in RESUMABLE)
-
-
-def check_resumable(old: ExperimentConfig, new: ExperimentConfig, where: Path) -> None:
-    """Compare two configurations field by field.
-
-    Raises:
-        ConfigError: they differ in a field that may not change; the message names the first one.
-    """
-    before, after = flatten(old), flatten(new)
-    if old.run.steps != new.run.steps and new.outer.schedule != "constant":
-        raise ConfigError(
-            f"run.steps: {new.run.steps} given, but the run in {where} was begun with {old.run.steps}, and with outer.schedule "
-            f"{new.outer.schedule!r} every step's rate depends on it; restore the old value, or start over with --fresh"
-        )
-    # A kind first: the fields below it differ because of it.
-    for field in sorted(before.keys() | after.keys(), key=lambda name: (not name.endswith(".kind"), name)):
-        if before.get(field) != after.get(field) and not _resumable(field):
-            raise ConfigError(
-                f"{field}: {after.get(field)!r} given, but the run in {where} was begun with {before.get(field)!r}, and a resumed run "
-                f"may only change {', '.join(RESUMABLE)}; restore the old value, choose another --run-dir, or start over with --fresh"
-            )
+    def set_checkpoints_aside_after(self, step: int) -> None:
+        """Have those of later steps count no more."""
+        checkpoints.set_aside_after(self.checkpoints, step)

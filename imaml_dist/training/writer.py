@@ -15,7 +15,6 @@ from torch import Tensor
 
 from imaml_dist.errors import StorageError
 from imaml_dist.tracking import metrics_file
-from imaml_dist.training import checkpoints
 from imaml_dist.training.run_directory import RunDirectory
 
 
@@ -85,9 +84,7 @@ class RunWriter:
         self._thread.join()
         self._raise_if_broken()
         if self._owed or self._lines:
-            raise StorageError(
-                f"{self._run.path} cannot be written ({self._reason}); free space and run the same command again to resume"
-            )
+            raise self._run.cannot_be_written(self._reason)
 
     def _loop(self) -> None:
         closing = False
@@ -116,10 +113,10 @@ class RunWriter:
         if self._behind:  # never a checkpoint ahead of its metrics
             return False
         try:
-            metrics_file.make_durable(self._run.metrics_file)
-            checkpoints.save(self._run.checkpoints, one.step, one.tensors, one.facts)
-            checkpoints.prune(self._run.checkpoints, self._keep, one.best)
-        except OSError as error:
+            self._run.secure_metrics()
+            self._run.save_checkpoint(one.step, one.tensors, one.facts)
+            self._run.prune_checkpoints(self._keep, one.best)
+        except (OSError, StorageError) as error:
             self._failed(error)
             return False
         return True
@@ -134,7 +131,7 @@ class RunWriter:
             self._behind = True
             self._failed(error)
 
-    def _failed(self, error: OSError) -> None:
+    def _failed(self, error: OSError | StorageError) -> None:
         self.failures += 1
         self._reason = str(error)
 

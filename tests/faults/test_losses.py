@@ -4,6 +4,7 @@ import json
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -142,6 +143,17 @@ def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, 
     assert any("rank 1" in s["after"] and "did not leave its group" in s["after"] for s in keepers.run.starts()[1:])
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_ranks_that_all_hang_at_once_are_replaced(data, gold, tmp_path, sabotage, world):
+    """Nobody waits for them but their keepers."""
+    sabotage(*((rank, 3, "inner", HANG) for rank in range(world)))
+    config = configured(data, workers=world)
+    with Keepers(config, begun(config, tmp_path / "run"), world, collective=3.0) as keepers:
+        pass
+    check(tmp_path / "run", gold)
+    assert any("computed nothing for 8 s, run.collective_timeout is 3" in s["after"] for s in keepers.run.starts()[1:])
+
+
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("place", ["data", pytest.param("report", marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_found_its_rank_named_and_replaced_and_the_steps_done_again(
@@ -277,3 +289,26 @@ def test_a_process_that_crashes_again_and_again_ends_the_run_with_its_reason(dat
     assert kind == "TrainingError"
     assert "4 times in a row" in message
     assert "ZeroDivisionError" in message
+
+
+def test_a_process_that_is_stopped_while_it_imports_ends_with_its_keeper() -> None:
+    """A spare that could not notice would stay behind for ever."""
+    keeper = """
+import os, signal, sys, time
+from pathlib import Path
+from imaml_dist.distributed.rank_process import RankProcess
+process = RankProcess()
+maps = Path(f"/proc/{process.pid}/maps")
+while "libtorch" not in maps.read_text():
+    time.sleep(0.001)
+os.kill(process.pid, signal.SIGSTOP)
+assert not process.ready
+print(process.pid, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run([sys.executable, "-c", keeper], stdout=subprocess.PIPE, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGKILL
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{int(done.stdout)}").exists():
+        assert time.monotonic() < deadline, "it stayed behind"
+        time.sleep(0.02)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from imaml_dist.distributed.crew import Crew, connect, open_store
-from imaml_dist.distributed.keeper import Keeper, Limits, RankProcess
+from imaml_dist.distributed.keeper import Keeper, Limits
+from imaml_dist.distributed.rank_process import RankProcess
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.training.run_directory import RunDirectory
 
@@ -37,6 +38,7 @@ class Keepers:
             order = {
                 "config": config.model_dump(by_alias=True),
                 "run": str(path),
+                "folder": str(path),
                 "import_path": [os.getcwd(), str(Path(__file__).parents[1])],
                 "host": HERE,
                 "port": port,

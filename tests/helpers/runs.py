@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 import yaml
+from torch import Tensor
 
 from imaml_dist.config.load import build_config
 from imaml_dist.config.schema import ExperimentConfig
@@ -14,8 +15,11 @@ from imaml_dist.distributed.build import resolve
 from imaml_dist.distributed.group import Alone, Group, ProcessGroup
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import ImamlError
+from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
+from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints
+from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of
 
@@ -102,10 +106,25 @@ def error_of_training(raw: dict[str, Any], path: str) -> str:
 def fingerprint(path: Path) -> dict[str, Any]:
     """What the same-bits promise is about."""
     tensors, facts = checkpoints.load_newest(path / "checkpoints")
+    return fingerprint_of(tensors, facts, json.loads((path / "evaluation.json").read_text()))
+
+
+def fingerprint_of(tensors: dict[str, Tensor], facts: dict[str, Any], evaluation: dict[str, Any]) -> dict[str, Any]:
+    """The same, of a state and a meta-test."""
     return {
         "params": sha256_of({n: t for n, t in tensors.items() if n.startswith("model.")}),
         "state": sha256_of(tensors),
         "ledger": facts["ledger"],
         "best": facts["best"],
-        "test": json.loads((path / "evaluation.json").read_text())["trained"]["per_task"],
+        "test": evaluation["trained"]["per_task"],
     }
+
+
+def seen_elsewhere(url: str, options: StorageOptions) -> tuple[dict[str, Any], list[int]]:
+    """What a process finds that knows only the URL of a run: (fingerprint, steps on record)."""
+    run = open_run(url, options)
+    run.collect()
+    newest = run.newest_checkpoint()
+    assert newest is not None
+    tested = run.read_json(run.evaluation_file) or {"trained": {"per_task": None}}
+    return fingerprint_of(*newest, tested), [record["step"] for record in metrics_file.read(run.metrics_file)]

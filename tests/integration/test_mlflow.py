@@ -14,7 +14,7 @@ from helpers.runs import write_config
 from imaml_dist.errors import TrackingError
 from imaml_dist.storage.local import without_secrets
 from imaml_dist.tracking import metrics_file
-from imaml_dist.tracking.mlflow_link import RunFacts, default_uri
+from imaml_dist.tracking.mlflow_link import RunFacts, default_uri, home_of
 from imaml_dist.tracking.mlflow_parent import MlflowParent
 from imaml_dist.tracking.mlflow_run import MlflowRun
 
@@ -171,10 +171,10 @@ def test_children_know_their_parent_also_those_that_began_without_it(run, server
 def test_runs_within_another_go_to_its_store(run):
     sweep = run.parent / "sweep"
     (sweep / "trials" / "one").mkdir(parents=True)
-    alone = default_uri(sweep / "trials" / "one")
+    assert home_of(sweep / "trials" / "one") == sweep.resolve() / "trials"
     MlflowParent(sweep, RunFacts("sweeps", "sweep", {}, {}))
-    assert default_uri(sweep / "trials" / "one") == default_uri(sweep) == f"sqlite:///{run.parent.resolve()}/mlflow.db"
-    assert alone != default_uri(sweep)
+    assert home_of(sweep / "trials" / "one") == home_of(sweep) == run.parent.resolve()
+    assert default_uri(home_of(sweep)) == f"sqlite:///{run.parent.resolve()}/mlflow.db"
 
 
 def test_what_a_resumed_run_changed_becomes_tags(run):

@@ -24,7 +24,8 @@ from imaml_dist.errors import CheckpointError, InputError, StorageError
 from imaml_dist.training import checkpoints, warm_start
 from imaml_dist.training.checkpoints import FACTS, MANIFEST, TENSORS
 from imaml_dist.training.meta_parameters import MetaParameters
-from imaml_dist.training.run_directory import RunDirectory, fixed_fields
+from imaml_dist.training.resumable import fixed_fields
+from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import MetaState, sha256_of
 
 
