@@ -190,6 +190,7 @@ def test_what_a_resumed_run_changed_becomes_tags(run):
     assert (found.tags["now.algorithm.lam"], found.tags["git_commit"]) == ("0.2", "def")
 
 
+@pytest.mark.slow  # a whole run without its server, below, is one of make test
 def test_a_server_that_goes_away_loses_nothing_and_delays_nobody(run, server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     metrics = run / "metrics.jsonl"
