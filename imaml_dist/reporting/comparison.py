@@ -13,7 +13,7 @@ from imaml_dist.config.load import flatten, load_config
 from imaml_dist.errors import InputError
 from imaml_dist.reporting.drawing import finite, series
 from imaml_dist.reporting.overlay import Curve, Over, look, overlaid
-from imaml_dist.reporting.page import drawn, duration, render
+from imaml_dist.reporting.page import draw, duration, render
 from imaml_dist.reporting.reading import Accuracy, read_accuracy, read_headline, read_object, read_records
 from imaml_dist.storage.local import atomic_write
 
@@ -60,14 +60,14 @@ def write_comparison(runs: Sequence[Path], target: Path, addresses: Sequence[str
         runs=[_row(number, run, compared[0]) for number, run in enumerate(compared)],
         same_problem=len({(run.head["data"], run.head["way"], run.head["shot"]) for run in compared}) == 1,
         curves=[
-            (over, drawn(overlaid(curves, over, min(ways) if len(ways) == 1 else None), f"over-{over}"))
+            (over, draw(overlaid(curves, over, min(ways) if len(ways) == 1 else None), f"over-{over}"))
             for over in overs
             if any(run.records for run in compared)
         ],
         differences=_differences(compared),
     )
     target.parent.mkdir(parents=True, exist_ok=True)
-    atomic_write(target, page)
+    atomic_write(target, page.encode("utf-8", "replace"))
     return target
 
 

@@ -1,4 +1,4 @@
-"""A page: a template of ours filled in, with the style that all pages share inside it; nothing is loaded from elsewhere."""
+"""Templates to pages: everything escaped, nothing left undefined, one style for all."""
 
 from __future__ import annotations
 
@@ -6,40 +6,43 @@ from importlib.resources import files
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, FunctionLoader, StrictUndefined
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from imaml_dist.reporting import drawing
 
 
-def render(template: str, **facts: Any) -> bytes:
-    """The page as UTF-8.
+def render(template: str, **facts: Any) -> str:
+    """A page.
 
     Args:
-        template: a file of this room.
-        facts: what it shows; escaped, but for drawings.
+        template: name of a file of this room.
+        facts: what it speaks of.
     """
-    room = files("imaml_dist.reporting")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment = Environment(
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        loader=FunctionLoader(lambda name: files("imaml_dist.reporting").joinpath(name).read_text(encoding="utf-8")),
+    )
     environment.filters["percent"] = percent
-    style = Markup(room.joinpath("page.css.j2").read_text(encoding="utf-8"))  # noqa: S704 - our own file
-    page = environment.from_string(room.joinpath(template).read_text(encoding="utf-8")).render(style=style, **facts)
-    return page.encode("utf-8", "replace")
+    return environment.get_template(template).render(**facts)
 
 
-def drawn(figure: Figure, prefix: str) -> Markup:
-    """A figure for a page; `prefix` is its own there."""
+def draw(figure: Figure, prefix: str) -> Markup:
+    """A figure within a page; `prefix` makes its ids unique."""
     return Markup(drawing.svg(figure, prefix))  # noqa: S704 - our own drawing, whose texts matplotlib escapes
 
 
 def percent(value: float, digits: int = 1) -> str:
-    """`93.4%`, or a dash."""
+    """`93.4%`, or a dash for what is not finite."""
     return f"{value * 100:.{digits}f}%" if np.isfinite(value) else "–"
 
 
 def duration(value: object) -> str:
-    """Seconds as a person says them, or a dash."""
+    """`1 h 5 min`, `3 min 2 s` or `4.1 s`."""
     seconds = drawing.finite(value)
     if seconds is None:
         return "–"

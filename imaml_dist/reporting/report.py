@@ -11,7 +11,7 @@ from markupsafe import Markup
 from imaml_dist.errors import InputError
 from imaml_dist.reporting import drawing, figures
 from imaml_dist.reporting.learned import COLOURS, learned_curves, read_learned
-from imaml_dist.reporting.page import drawn, duration, percent, render
+from imaml_dist.reporting.page import draw, duration, percent, render
 from imaml_dist.reporting.reading import (
     Accuracy,
     Episode,
@@ -67,7 +67,7 @@ def write_report(run: Path) -> Path:
         untrained=untrained,
         verdict=_verdict(trained, untrained),
         validation=_last_validation(records),
-        curve=drawn(figures.learning_curve(records, head["way"], best), "curve") if records else None,
+        curve=draw(figures.learning_curve(records, head["way"], best), "curve") if records else None,
         histogram=_histogram(trained, untrained, head["way"], evaluation),
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
         outcomes=_outcomes(records),
@@ -83,7 +83,7 @@ def write_report(run: Path) -> Path:
         config=config,
     )
     target = run / "report.html"
-    atomic_write(target, page)
+    atomic_write(target, page.encode("utf-8", "replace"))
     return target
 
 
@@ -110,7 +110,7 @@ def _histogram(
         return None
     before = untrained.tasks if untrained is not None else np.zeros(0)
     images = min(max(way * query, 1), 10_000)
-    return drawn(figures.accuracy_histogram(trained.tasks, before, images, 1.0 / way), "histogram")
+    return draw(figures.accuracy_histogram(trained.tasks, before, images, 1.0 / way), "histogram")
 
 
 def _honesty(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -119,14 +119,14 @@ def _honesty(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         _, values = drawing.series(records, key)
         if len(values):
             late = float(np.median(values[-max(1, len(values) // 10) :]))
-            curve = drawn(figures.diagnostic_curve(records, key, log), key)
-            panels.append({"title": title, "late": f"{late:.3g}", "reading": reading, "figure": curve})
+            drawn = draw(figures.diagnostic_curve(records, key, log), key)
+            panels.append({"title": title, "late": f"{late:.3g}", "reading": reading, "figure": drawn})
     return panels
 
 
 def _outcomes(records: list[dict[str, Any]]) -> Markup | None:
     steps, shares = outcome_fractions(records)
-    return drawn(figures.solve_outcomes(steps, shares), "outcomes") if len(steps) else None
+    return draw(figures.solve_outcomes(steps, shares), "outcomes") if len(steps) else None
 
 
 def _learned(records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -134,14 +134,14 @@ def _learned(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not found:
         return None
     ends = ", ".join(f"{one.name} {one.median[-1]:.3g}" for one in found[: len(COLOURS)])
-    return {"figure": drawn(learned_curves(found), "learned"), "ends": ends, "left_out": len(found[len(COLOURS) :])}
+    return {"figure": draw(learned_curves(found), "learned"), "ends": ends, "left_out": len(found[len(COLOURS) :])}
 
 
 def _episode(episode: Episode | None) -> dict[str, Any] | None:
     if episode is None:
         return None
     truth = episode.query_labels
-    picture = figures.episode_image(
+    drawn = figures.episode_image(
         episode.classes, episode.support, episode.support_labels, episode.query, truth, episode.predictions
     )
     hits, before = (
@@ -149,7 +149,7 @@ def _episode(episode: Episode | None) -> dict[str, Any] | None:
         for guess in (episode.predictions, episode.untrained_predictions)
     )
     return {
-        "figure": drawn(picture, "episode"),
+        "figure": draw(drawn, "episode"),
         "hits": hits,
         "before": before,
         "of": len(truth),
@@ -166,10 +166,10 @@ def _time(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = [(name, figures.PHASES[name], _seconds(seconds), f"{seconds / whole:.1%}") for name, seconds in phases]
     _, speed = drawing.series(records, "tasks_per_second")
     return {
-        "bar": drawn(figures.time_split(phases), "phases"),
+        "bar": draw(figures.time_split(phases), "phases"),
         "rows": rows,
         "whole": _seconds(whole),
-        "speed": drawn(figures.throughput(records), "speed") if len(speed) else None,
+        "speed": draw(figures.throughput(records), "speed") if len(speed) else None,
         "median": f"{np.median(speed):,.1f}" if len(speed) else "",
     }
 
