@@ -21,6 +21,7 @@ def report_run(where: str) -> str:
     """
     run = open_run(where)
     run.collect()
+    run.config()
     write_report(run.path)
     run.share(run.report_file)
     return f"{run.url}/{run.report_file.name}"

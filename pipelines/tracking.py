@@ -54,7 +54,8 @@ def mlflow_run(
         parent=parent,
     )
     home = None if run.home == run.path.resolve().parent else run.home  # a folder may lie in that of a sweep
-    run.home.mkdir(parents=True, exist_ok=True)
+    if "MLFLOW_TRACKING_URI" not in os.environ:
+        run.home.mkdir(parents=True, exist_ok=True)
     return MlflowRun(run.path, run.metrics_file, facts, run.url, home)
 
 

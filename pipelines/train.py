@@ -20,7 +20,7 @@ from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve, storage_options
 from imaml_dist.distributed.stop import Stop
-from imaml_dist.errors import InputError, LossError, ModelError, TrackingError, brief
+from imaml_dist.errors import InputError, LossError, ModelError, StorageError, TrackingError, brief
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.tracking.metrics_file import Follower
 from imaml_dist.tracking.mlflow_run import MlflowRun
@@ -173,6 +173,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
+            run.confirm_driving()
             for start in run.starts()[starts:]:
                 starts += 1
                 if start.get("after"):
@@ -180,8 +181,8 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             for record in follower.poll():
                 last = record["step"] + 1
                 show(last, config.run.steps, console.step_remark(record))
-    if backend.error:
-        raise backend.error[0]
+        if backend.error:
+            raise backend.error[0]
     return backend.result[0]
 
 
@@ -218,5 +219,8 @@ def _close(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
         console.err.print(f"MLflow: {tracker.trouble}; trying once more", soft_wrap=True)
     try:
         finish_tracking(tracker, run, status)
-    except TrackingError as error:  # the run itself is done and safe; the user is told how to send the rest
+    except (
+        TrackingError,
+        StorageError,
+    ) as error:  # the run itself is done and safe; the user is told how to send the rest
         console.err.print(str(error), soft_wrap=True)

@@ -100,12 +100,12 @@ class MetaStep:
             fetch = time.perf_counter()
             batch = next(episodes).to(self._config.run.device)
             seconds["data"] += time.perf_counter() - fetch
-            out = self._learner.task_gradients(batch)
+            with progress.computing():
+                out = self._learner.task_gradients(batch)
             for phase, spent in out.seconds.items():
                 seconds[phase] += spent
             total.add(tree_sum(out.rows))
             rows.append(out.tasks.to_rows())
-            progress.note()
         reduce = time.perf_counter()
         gradient, tasks = total.finish(), self._tasks(rows)
         seconds["reduce"] = time.perf_counter() - reduce

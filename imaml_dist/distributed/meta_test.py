@@ -39,9 +39,9 @@ def shared_accuracy(
     mine = torch.zeros(len(dealt), TASKS_AT_ONCE, COLUMNS, dtype=torch.float64)
     with read_ahead(config, source, ((0, chunks[number]) for number in dealt)) as coming:
         for row, episodes in enumerate(coming):
-            scores = task_scores(learner, episodes.to(device))
-            mine[row, : len(scores)] = scores.cpu()
-            progress.note()
+            with progress.computing():
+                scores = task_scores(learner, episodes.to(device))
+                mine[row, : len(scores)] = scores.cpu()
     rows = gather_chunks(group, mine, deal).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 

@@ -98,13 +98,15 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         result = _fitted(fit, run, TrainingFailedError)
     except (TrainingFailedError, RayError) as error:  # the latter if Ray's controller of the run is lost
         raise_failure(run)
-        newest = max(run.checkpoint_steps(), default=None)
+        newest = run.newest_step()
         raise TrainingError(
             f"Ray gave up ({errors.brief(error)}); the last good checkpoint is of step {newest}; see the worker logs of Ray, then run "
             "the same command again to resume"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if isinstance(result.return_value, list):
+        raise _told(*result.return_value)
     raise_failure(run)
     return Stop(int(result.return_value))
 
@@ -127,8 +129,12 @@ def raise_failure(run: RunDirectory) -> None:
     """Raise in this process what a worker has left in the run directory, if anything."""
     failure = run.failure()
     if failure is not None:
-        kind = getattr(errors, str(failure["type"]), ImamlError)
-        raise kind(str(failure["message"]))
+        raise _told(str(failure["type"]), str(failure["message"]))
+
+
+def _told(kind: str, message: str) -> ImamlError:
+    found = getattr(errors, kind, None)
+    return (found if isinstance(found, type) and issubclass(found, ImamlError) else ImamlError)(message)
 
 
 def _absolute(config: ExperimentConfig) -> dict[str, Any]:
