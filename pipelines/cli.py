@@ -204,14 +204,19 @@ def train(
     profile: Annotated[
         bool, typer.Option("--profile", help="Time 10 meta-steps phase by phase and trace one: RUN/profile.")
     ] = False,
+    seeds: Annotated[
+        int, typer.Option(min=1, help="Train under so many seeds, from run.seed on, each in RUN/seed-<seed>.")
+    ] = 1,
 ) -> None:
     """Meta-train, meta-test and report. The same command again resumes."""
     with _exit_codes(orderly=True):
+        from pipelines.repeats import train_seeds
         from pipelines.train import train as run_training
 
         overrides = [*(set_ or []), *([f"run.backend={backend}"] if backend else [])]
         overrides += ["run.profile=10"] if profile else []
-        if not run_training(config, overrides, run_dir, fresh):
+        arguments = (config, overrides, run_dir, fresh)
+        if not (run_training(*arguments) if seeds == 1 else train_seeds(*arguments, seeds)):
             raise typer.Exit(INTERRUPTED)
 
 
@@ -271,12 +276,22 @@ def freeze_tasks(
 
 
 @app.command()
-def report(run: Run) -> None:
-    """Write RUN/report.html, one file with everything worth looking at."""
+def report(
+    runs: Annotated[list[str], typer.Argument(help="Run directory, or several to compare.", show_default=False)],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Page that compares several; comparison.html if not given.")
+    ] = None,
+) -> None:
+    """Write RUN/report.html, one file with everything worth looking at; of several runs, one page that compares them."""
     with _exit_codes():
-        from pipelines.report import report_run
+        from pipelines.report import compare_runs, report_run
 
-        console.out.print(report_run(run), soft_wrap=True)
+        if len(runs) == 1 and out is not None:
+            raise InputError(
+                f"--out {out}: a single run's report is RUN/report.html; leave --out away, or give more runs"
+            )
+        page = report_run(runs[0]) if len(runs) == 1 else compare_runs(runs, out or Path("comparison.html"))
+        console.out.print(page, soft_wrap=True)
 
 
 @app.command()

@@ -36,7 +36,7 @@ from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console, kernels
 from pipelines.profile import show_profile
-from pipelines.summary import show_summary, summary
+from pipelines.summary import is_finished, show_summary, summary
 from pipelines.tracking import finish_tracking, mlflow_run
 
 POLL_S = 0.5
@@ -45,8 +45,17 @@ INTERRUPTED = 130
 """Exit code."""
 
 
-def train(config_path: Path, overrides: Sequence[str], run_dir: str | Path | None, fresh: bool) -> bool:
+def train(
+    config_path: Path, overrides: Sequence[str], run_dir: str | Path | None, fresh: bool, parent: str | None = None
+) -> bool:
     """Train as a configuration file says.
+
+    Args:
+        config_path: configuration file.
+        overrides: `section.field=value`.
+        run_dir: run directory; `runs/<name>` if None.
+        fresh: delete an earlier run there.
+        parent: id of the MLflow run that this one is a child of.
 
     Returns:
         True when the run is finished; False when it was interrupted, with a checkpoint written.
@@ -66,16 +75,16 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: str | Path | Non
             raise InputError(
                 f"{run.url} is being trained by another imaml train; wait for it, or choose another --run-dir"
             )
-        return _train_run(config, run, dataset, fresh)
+        return _train_run(config, run, dataset, fresh, parent)
 
 
-def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool) -> bool:
+def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool, parent: str | None) -> bool:
     run.begin(config, fresh=fresh)
-    if not fresh and _is_finished(config, run):
+    if not fresh and is_finished(config, run):
         console.out.print(f"{run.url} is finished; --fresh starts over, a larger run.steps goes on", soft_wrap=True)
         show_summary(run)
         return True
-    tracker = mlflow_run(config, run, dataset) if config.tracking.mlflow else None
+    tracker = mlflow_run(config, run, dataset, parent) if config.tracking.mlflow else None
     if tracker is not None:
         tracker.start()
     status = "FAILED"
@@ -132,18 +141,6 @@ def _try_model(config: ExperimentConfig, learner: MetaLearner, source: TaskSourc
             f"model.kind: the network cannot be meta-trained ({brief(error)}); it must map float32 images [n, C, H, W] to one logit "
             "per class [n, N], and be twice differentiable"
         ) from error
-
-
-def _is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:
-    try:
-        summary = run.read_json(run.summary_file)
-        limit = config.run.max_seconds
-        trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
-        trained = trained or config.validation.on_plateau(summary["meta_steps"], summary["best_step"])
-        whole = trained and summary["tasks_evaluated"] == config.evaluate.tasks
-    except (InputError, KeyError, TypeError):  # no summary, or none that can be read: it will be written again
-        return False
-    return bool(whole) and run.report_file.is_file()
 
 
 @dataclass

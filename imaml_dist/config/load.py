@@ -220,7 +220,8 @@ def _sentence(error: Any, raw: Any, root: type[BaseModel]) -> str:
     path, section = _dotted(error["loc"], raw)
     kind, given = error["type"], error.get("input")
     if kind == "value_error":
-        return str(error["ctx"]["error"])
+        text = str(error["ctx"]["error"])
+        return path + text if text.startswith(".") else text  # of a section that stands in several places
     if kind == "missing":
         return f"{path}: is missing; add it, for example `{path}: ...`"
     if kind == "extra_forbidden":

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from imaml_dist.config.algorithm import AlgorithmConfig, IMAMLConfig
 from imaml_dist.config.presets import fill_preset
 from imaml_dist.config.section import Section
+from imaml_dist.config.tracking import TrackingConfig
 
 
 class AugmentConfig(Section):
@@ -284,14 +285,6 @@ class EvaluateConfig(Section):
     """Query images per class."""
 
 
-class TrackingConfig(Section):
-    """MLflow. The server comes from `MLFLOW_TRACKING_URI`; without it, `mlflow.db` beside the run directory."""
-
-    experiment: str | None = None
-    """The run's `name` when null."""
-    mlflow: bool = True
-
-
 class ExperimentConfig(Section):
     """A whole experiment."""
 
@@ -321,5 +314,14 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"run.tasks_per_step: {self.run.tasks_per_step} given, "
                 f"must be a multiple of run.chunk = {self.run.chunk}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_registered_is_tested(self) -> ExperimentConfig:
+        if self.tracking.registered is not None and self.evaluate.tasks == 0:
+            raise ValueError(
+                f"tracking.register: {self.tracking.registered!r} given with evaluate.tasks = 0, but versions are compared by their "
+                "test accuracy; give it tasks, or register nothing"
             )
         return self

@@ -140,8 +140,13 @@ def make_loss(name: str) -> Loss:
     return loss
 
 
-def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
+def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], updates: int = 0) -> MetaLearner:
     """The learner at its initial meta-parameters, on the run's device.
+
+    Args:
+        config: resolved configuration.
+        image_shape: `(C, H, W)`.
+        updates: of the checkpoint that it is for, where the algorithm's numbers follow a schedule.
 
     Raises:
         ConfigError: see `make_model` and `make_loss`.
@@ -152,7 +157,7 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) ->
     execution = config.run.execution
     assert execution != "auto", "the configuration is resolved"
     autocast = torch.bfloat16 if config.run.precision == "bfloat16" else None
-    return MetaLearner(model, make_algorithm(config.algorithm), make_loss(config.loss), execution, autocast)
+    return MetaLearner(model, make_algorithm(config.algorithm, updates), make_loss(config.loss), execution, autocast)
 
 
 def dtype_of(config: ExperimentConfig) -> torch.dtype:

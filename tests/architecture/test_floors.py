@@ -33,6 +33,7 @@ VENDOR_ROOMS = {
     "boto3": {"imaml_dist.storage"},
     "botocore": {"imaml_dist.storage"},
     "mlflow": {"imaml_dist.tracking"},
+    "psutil": {"imaml_dist.tracking"},
     "webdataset": {"imaml_dist.data"},
     "matplotlib": {"imaml_dist.reporting"},
     "jinja2": {"imaml_dist.reporting"},
@@ -44,7 +45,7 @@ VENDOR_ROOMS = {
     "safetensors": {"imaml_dist.training"},
     "PIL": {"imaml_dist.data"},
     "fontTools": {"imaml_dist.data"},
-    "numpy": {"imaml_dist.data", "imaml_dist.reporting", "pipelines"},
+    "numpy": {"imaml_dist.data", "imaml_dist.reporting", "imaml_dist.tracking", "pipelines"},
     "typer": {"pipelines"},
     "rich": {"pipelines"},
 }
