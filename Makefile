@@ -56,6 +56,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/reduction.py --json $(BENCH)/reduction.json
 	$(BIN)/python benchmarks/data.py --json $(BENCH)/data.json
 	$(BIN)/python benchmarks/recovery.py --data data/glyphs --json $(BENCH)/recovery.json
+	$(BIN)/python benchmarks/tracking.py --data data/glyphs --json $(BENCH)/tracking.json
 	$(BIN)/python benchmarks/dual_solve.py --json $(BENCH)/dual_solve.json
 
 clean:

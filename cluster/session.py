@@ -15,7 +15,7 @@ OBJECT_STORE_BYTES = 128 << 20
 
 
 @contextmanager
-def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
+def ray_session(cpus: int, gpus: float = 0) -> Iterator[None]:
     """Connect for the length of a `with` block.
 
     A private cluster binds to the loopback address, has no dashboard, asks for a token that lives in this process and
@@ -46,7 +46,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
     }
     try:
         ray.init(
-            address=address,
+            address=address or "local",  # without one Ray takes any cluster that was started on this machine
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
@@ -64,7 +64,7 @@ def ray_session(cpus: int, gpus: int = 0) -> Iterator[None]:
         for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
             if offered.get(kind, 0) < wanted:
                 raise ClusterError(
-                    f"the run needs {wanted} {kind}s, the Ray cluster has {offered.get(kind, 0):g}; lower run.workers or run.threads"
+                    f"the run needs {wanted:g} {kind}s, the Ray cluster has {offered.get(kind, 0):g}; lower run.workers or run.threads"
                 )
         yield
     finally:

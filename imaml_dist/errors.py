@@ -61,6 +61,10 @@ class ChangedError(StorageError):
     """An object of storage is another one than before, or than a writer took it for."""
 
 
+class LeaseLostError(OutsideError):
+    """Another process has taken over what this one was writing."""
+
+
 class TrackingError(OutsideError):
     """The tracking server cannot be reached or refuses."""
 

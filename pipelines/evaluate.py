@@ -23,6 +23,7 @@ from imaml_dist.errors import ConfigError
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.remote_run import open_run
+from imaml_dist.training.state import updates_of
 from pipelines import console, kernels
 
 TASKS = 600
@@ -72,9 +73,9 @@ def evaluate_run(
     else:
         split, tasks = frozen.split, len(frozen.tasks)
         source = FrozenTasks(open_dataset(config), frozen, dtype_of(config))
-    learner = make_learner(config, source.image_shape)
     step = run.best_checkpoint()
-    tensors, _ = run.load_checkpoint(step)
+    tensors, facts = run.load_checkpoint(step)
+    learner = make_learner(config, source.image_shape, updates_of(facts))
     meta_parameters(learner).load(tensors)
     with console.progress(f"evaluating {config.name} on {split}") as show:
         result = evaluate(

@@ -1,4 +1,4 @@
-"""`imaml mlflow-sync`: send what a run's metrics file still holds for MLflow."""
+"""`imaml mlflow-sync`: send what a run's metrics file still holds for MLflow, and say there how the run ended."""
 
 from __future__ import annotations
 
@@ -7,22 +7,34 @@ from pathlib import Path
 from imaml_dist.distributed.build import open_dataset
 from imaml_dist.errors import InputError
 from imaml_dist.training.remote_run import open_run
+from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
+from pipelines.summary import is_finished
 from pipelines.tracking import finish_tracking, mlflow_run
 
 
 def sync(path: str | Path) -> None:
     """Send the remaining metrics and the run's files, and close the MLflow run.
 
+    A run whose process was killed cannot have said so itself: it becomes KILLED here, or FAILED if it noted that it did, and
+    RUNNING again when it is resumed.
+
     Raises:
-        InputError: no such run, or it is not finished.
+        InputError: no such run, or it is being trained.
         TrackingError: the server cannot be reached.
     """
     run = open_run(path)
     run.collect()
     config = run.config()
-    if run.read_json(run.summary_file) is None:
-        raise InputError(f"{path} is not finished (no summary.json); `imaml train` sends its metrics as it goes on")
-    tracker = mlflow_run(config, run, open_dataset(config))
-    finish_tracking(tracker, run, "FINISHED")
-    console.out.print(f"MLflow run {tracker.identity}")
+    with run.driving() as held:
+        if not held:
+            raise InputError(f"{path} is being trained, which sends its metrics as it goes on; wait for its end")
+        tracker = mlflow_run(config, run, open_dataset(config))
+        status = "FINISHED" if is_finished(config, run) else tracker.intended or _noted(run)
+        finish_tracking(tracker, run, status)
+    console.out.print(f"MLflow run {tracker.identity}: {status}", soft_wrap=True)
+
+
+def _noted(run: RunDirectory) -> str:
+    """How a run ended that said nothing to MLflow."""
+    return "FAILED" if run.failure_file.is_file() else "KILLED"

@@ -33,6 +33,6 @@ def show_profile(run: RunDirectory) -> None:
     console.out.print(grid)
     console.out.print(
         f"Peak: {found['peak_gflops']:.0f} GFLOP/s, a product of large matrices here and now. FLOPs: those of convolutions and "
-        f"products of matrices. Trace of one step, for perfetto: {run.profile / 'trace.json.gz'}",
+        f"products of matrices. Trace of one step, for perfetto: {run.url}/{run.profile.name}/trace.json.gz",
         soft_wrap=True,
     )

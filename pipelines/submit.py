@@ -52,7 +52,7 @@ def needs(config: ExperimentConfig, memory: float = 0.0) -> Needs:
         memory: of each worker in bytes.
     """
     fewest, most = config.run.bounds
-    gpus = 1.0 if config.run.device == "cuda" else 0.0
+    gpus = config.run.gpus_per_worker if config.run.device == "cuda" else 0.0
     return Needs(fewest, most, float(config.run.threads), gpus, memory)
 
 

@@ -12,6 +12,7 @@ import torch
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.traffic import KEYS
+from imaml_dist.errors import InputError
 from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.mlflow_run import MlflowRun
 from imaml_dist.training.run_directory import RunDirectory
@@ -94,6 +95,19 @@ def _asked(storage: dict[str, float] | None) -> dict[str, str]:
     retries, waited = storage["s3_retries"], storage["s3_seconds_waited"]
     again = f", {retries:.0f} times again after {waited:.1f} s of waiting" if retries else ""
     return {"object storage": f"{storage['s3_bytes'] / 1e6:.1f} MB in {storage['s3_requests']:.0f} requests{again}"}
+
+
+def is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:
+    """Whether a run was trained, tested and reported on as its configuration says."""
+    try:
+        summary = run.read_json(run.summary_file)
+        limit = config.run.max_seconds
+        trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
+        trained = trained or config.validation.on_plateau(summary["meta_steps"], summary["best_step"])
+        whole = trained and summary["tasks_evaluated"] == config.evaluate.tasks
+    except (InputError, KeyError, TypeError):  # no summary, or none that can be read: it will be written again
+        return False
+    return bool(whole) and run.report_file.is_file()
 
 
 def show_summary(run: RunDirectory) -> None:

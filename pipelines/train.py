@@ -18,9 +18,16 @@ from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.load import load_config
 from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
 from imaml_dist.data.dataset import Dataset
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve, storage_options
+from imaml_dist.distributed.build import (
+    make_learner,
+    make_source,
+    make_validation_source,
+    open_dataset,
+    resolve,
+    storage_options,
+)
 from imaml_dist.distributed.stop import Stop
-from imaml_dist.errors import InputError, LossError, ModelError, TrackingError, brief
+from imaml_dist.errors import InputError, LossError, ModelError, StorageError, TrackingError, brief
 from imaml_dist.tasks.episode import TaskSource
 from imaml_dist.tracking.metrics_file import Follower
 from imaml_dist.tracking.mlflow_run import MlflowRun
@@ -29,7 +36,7 @@ from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console, kernels
 from pipelines.profile import show_profile
-from pipelines.summary import show_summary, summary
+from pipelines.summary import is_finished, show_summary, summary
 from pipelines.tracking import finish_tracking, mlflow_run
 
 POLL_S = 0.5
@@ -38,8 +45,17 @@ INTERRUPTED = 130
 """Exit code."""
 
 
-def train(config_path: Path, overrides: Sequence[str], run_dir: str | Path | None, fresh: bool) -> bool:
+def train(
+    config_path: Path, overrides: Sequence[str], run_dir: str | Path | None, fresh: bool, parent: str | None = None
+) -> bool:
     """Train as a configuration file says.
+
+    Args:
+        config_path: configuration file.
+        overrides: `section.field=value`.
+        run_dir: run directory; `runs/<name>` if None.
+        fresh: delete an earlier run there.
+        parent: id of the MLflow run that this one is a child of.
 
     Returns:
         True when the run is finished; False when it was interrupted, with a checkpoint written.
@@ -59,16 +75,16 @@ def train(config_path: Path, overrides: Sequence[str], run_dir: str | Path | Non
             raise InputError(
                 f"{run.url} is being trained by another imaml train; wait for it, or choose another --run-dir"
             )
-        return _train_run(config, run, dataset, fresh)
+        return _train_run(config, run, dataset, fresh, parent)
 
 
-def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool) -> bool:
+def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fresh: bool, parent: str | None) -> bool:
     run.begin(config, fresh=fresh)
-    if not fresh and _is_finished(config, run):
+    if not fresh and is_finished(config, run):
         console.out.print(f"{run.url} is finished; --fresh starts over, a larger run.steps goes on", soft_wrap=True)
         show_summary(run)
         return True
-    tracker = mlflow_run(config, run, dataset) if config.tracking.mlflow else None
+    tracker = mlflow_run(config, run, dataset, parent) if config.tracking.mlflow else None
     if tracker is not None:
         tracker.start()
     status = "FAILED"
@@ -96,9 +112,10 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
 
 def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fresh: bool) -> None:
     """Find what is wrong with episodes, model and warm start before anything is started."""
-    for split, wanted in (("train", True), ("val", config.validation.tasks > 0), ("test", config.evaluate.tasks > 0)):
-        if wanted:
-            make_source(config, dataset, split)
+    make_source(config, dataset, "train")
+    make_validation_source(config, dataset)
+    if config.evaluate.tasks:
+        make_source(config, dataset, "test")
     learner = make_learner(_here(config), dataset.index.image_shape)
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(config, learner, make_source(config, dataset, "train"))
@@ -138,18 +155,6 @@ def _try_model(config: ExperimentConfig, learner: MetaLearner, source: TaskSourc
         ) from error
 
 
-def _is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:
-    try:
-        summary = run.read_json(run.summary_file)
-        limit = config.run.max_seconds
-        trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
-        trained = trained or config.validation.on_plateau(summary["meta_steps"], summary["best_step"])
-        whole = trained and summary["tasks_evaluated"] == config.evaluate.tasks
-    except (InputError, KeyError, TypeError):  # no summary, or none that can be read: it will be written again
-        return False
-    return bool(whole) and run.report_file.is_file()
-
-
 @dataclass
 class _Backend:
     """The training loop in a thread of its own: the main thread follows it and hears signals."""
@@ -174,7 +179,9 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             cuda = config.run.device == "cuda"
             fewest, most = config.run.bounds
             console.out.print(f"starting {most if fewest == most else f'{fewest} to {most}'} Ray workers")
-            stack.enter_context(ray_session(fewest * config.run.threads, fewest if cuda else 0))
+            stack.enter_context(
+                ray_session(fewest * config.run.threads, fewest * config.run.gpus_per_worker if cuda else 0)
+            )
             backend = _Backend(lambda: train_on_ray(config, run))
         else:
             from imaml_dist.distributed.local import train_local
@@ -188,6 +195,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
+            run.confirm_driving()
             for start in run.starts()[starts:]:
                 starts += 1
                 if start.get("after"):
@@ -195,8 +203,8 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             for record in follower.poll():
                 last = record["step"] + 1
                 show(last, config.run.steps, console.step_remark(record))
-    if backend.error:
-        raise backend.error[0]
+        if backend.error:
+            raise backend.error[0]
     return backend.result[0]
 
 
@@ -233,5 +241,8 @@ def _close(tracker: MlflowRun, run: RunDirectory, status: str) -> None:
         console.err.print(f"MLflow: {tracker.trouble}; trying once more", soft_wrap=True)
     try:
         finish_tracking(tracker, run, status)
-    except TrackingError as error:  # the run itself is done and safe; the user is told how to send the rest
+    except (
+        TrackingError,
+        StorageError,
+    ) as error:  # the run itself is done and safe; the user is told how to send the rest
         console.err.print(str(error), soft_wrap=True)

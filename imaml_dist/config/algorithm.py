@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
+from imaml_dist.config.schedule import AdaptConfig, ScheduleConfig
 from imaml_dist.config.section import Section, by_kind
 
 Operator = Literal["gauss_newton", "hessian"]
@@ -92,6 +93,28 @@ class ConjugateGradientConfig(Section):
     rank: int = Field(10, ge=1)
     """Of the Nystrom preconditioner."""
     start: Literal["zero", "first_order"] = "zero"
+    schedule: ScheduleConfig | None = None
+    """Of `max_iterations`, rounded; null keeps it."""
+    adapt: AdaptConfig | None = None
+    """`max_iterations` follows the residual; null keeps it."""
+
+    @model_validator(mode="after")
+    def _one_hand_on_the_cap(self) -> ConjugateGradientConfig:
+        schedule, adapt, cap = self.schedule, self.adapt, self.max_iterations
+        if schedule is not None and adapt is not None:
+            raise ValueError(
+                "algorithm.solver.adapt: given together with algorithm.solver.schedule, and both decide max_iterations; remove one"
+            )
+        if schedule is not None and schedule.to is not None and (schedule.to < 1 or schedule.to % 1):
+            raise ValueError(
+                f"algorithm.solver.schedule.to: {schedule.to} given, iterations are a whole number of at least 1; round it"
+            )
+        if adapt is not None and not adapt.fewest <= cap <= adapt.most:
+            raise ValueError(
+                f"algorithm.solver.max_iterations: {cap} given, must be within adapt.fewest = {adapt.fewest} and "
+                f"adapt.most = {adapt.most}, for it is where the cap begins; change one of the three"
+            )
+        return self
 
 
 class MinresConfig(Section):
@@ -166,6 +189,20 @@ class StrengthConfig(Section):
     """Outer learning rate of its logarithms; null is `outer.lr`."""
     rank: int = Field(4, ge=1)
     """Columns of `low_rank`'s factor."""
+    schedule: ScheduleConfig | None = None
+    """Of a fixed scalar; null keeps it."""
+
+    @model_validator(mode="after")
+    def _scheduled_or_learned(self) -> StrengthConfig:
+        if self.schedule is not None and self.learn:
+            raise ValueError(
+                "algorithm.lam.schedule: given together with algorithm.lam.learn, and both decide lambda; remove one"
+            )
+        if self.schedule is not None and self.kind != "scalar":
+            raise ValueError(
+                f"algorithm.lam.schedule: given with algorithm.lam.kind {self.kind!r}; a schedule is of a scalar, remove one of the two"
+            )
+        return self
 
 
 def _strength_tag(value: Any) -> str:

@@ -59,6 +59,15 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         ConfigError: the file is missing or not YAML, or a field is unknown, missing, of the wrong type or out of range.
             The message names the dotted path, the value, what is allowed and the nearest valid key.
     """
+    return build_config(read_mapping(path), overrides, str(path))
+
+
+def read_mapping(path: Path) -> dict[str, Any]:
+    """What a configuration file says, unchecked.
+
+    Raises:
+        ConfigError: the file is missing, too large, not YAML, or no mapping.
+    """
     if not path.is_file():
         raise ConfigError(f"there is no configuration file {path}; shipped ones lie in pipelines/configs/")
     if path.stat().st_size > _MAX_BYTES:
@@ -67,24 +76,46 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
         text = path.read_text(encoding="utf-8")
     except (UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path} cannot be read as UTF-8 text ({error})") from error
-    raw = _parse(text, str(path))
+    raw = parse_yaml(text, str(path))
     if not isinstance(raw, dict):
         raise ConfigError(f"{path} holds {type(raw).__name__}, a configuration is a mapping such as `name: my-run`")
-    return build_config(raw, overrides, str(path))
+    return raw
 
 
 def build_config(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "configuration") -> ExperimentConfig:
     """As `load_config`, from a mapping."""
     for override in overrides:
-        dotted, equals, text = override.partition("=")
-        if not equals or not all(dotted.split(".")) or dotted.count(".") > 8:
-            raise ConfigError(f"--set {override}: expected section.field=value, for example --set run.steps=100")
-        raw = _assign(_with_strength_section(raw, dotted), dotted.split("."), _parse(text, f"--set {override}"), dotted)
+        dotted, value = parse_override(override)
+        raw = assign(_with_strength_section(raw, dotted), dotted.split("."), value, dotted)
     _drop_what_no_longer_applies(raw, {o.partition("=")[0] for o in overrides})
     try:
         return ExperimentConfig.model_validate(raw)
     except ValidationError as error:
-        raise ConfigError("\n".join(f"{where}: {_sentence(e, raw)}" for e in error.errors())) from error
+        raise ConfigError(sentences(error, raw, where)) from error
+
+
+def parse_override(override: str) -> tuple[str, Any]:
+    """The dotted field and the value of `section.field=value`.
+
+    Raises:
+        ConfigError: it is not of that form, or the value is not YAML.
+    """
+    dotted, equals, text = override.partition("=")
+    if not equals or not all(dotted.split(".")) or dotted.count(".") > 8:
+        raise ConfigError(f"--set {override}: expected section.field=value, for example --set run.steps=100")
+    return dotted, parse_yaml(text, f"--set {override}")
+
+
+def sentences(error: ValidationError, raw: Any, where: str, root: type[BaseModel] = ExperimentConfig) -> str:
+    """What pydantic found, a line each, in the words of the user's file.
+
+    Args:
+        error: of validating.
+        raw: what was validated.
+        where: it stands, the beginning of each line.
+        root: the model it was validated as.
+    """
+    return "\n".join(f"{where}: {_sentence(e, raw, root)}" for e in error.errors())
 
 
 def to_yaml(config: ExperimentConfig) -> str:
@@ -104,7 +135,12 @@ def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _parse(text: str, where: str) -> Any:
+def parse_yaml(text: str, where: str) -> Any:
+    """A YAML value, without aliases and duplicate keys, with YAML 1.2's numbers.
+
+    Raises:
+        ConfigError: it is none.
+    """
     try:
         return _Loader(text).get_single_data()
     except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
@@ -115,7 +151,12 @@ def _parse(text: str, where: str) -> Any:
         ) from error
 
 
-def _assign(raw: dict[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:
+def assign(raw: dict[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:
+    """A copy in which the field at `path` has that value.
+
+    Raises:
+        ConfigError: what lies on the way is no section.
+    """
     head, *rest = path
     if not rest:
         return {**raw, head: value}
@@ -126,7 +167,7 @@ def _assign(raw: dict[str, Any], path: list[str], value: Any, dotted: str) -> di
         raise ConfigError(
             f"--set {dotted}=...: {head!r} is the value {below!r}, not a section, so it has no field {rest[0]!r}"
         )
-    return {**raw, head: _assign(below, rest, value, dotted)}
+    return {**raw, head: assign(below, rest, value, dotted)}
 
 
 def _with_strength_section(raw: dict[str, Any], dotted: str) -> dict[str, Any]:
@@ -174,22 +215,23 @@ def _fields_of_kind(path: str, raw: dict[str, Any]) -> set[str] | None:
     return set(models[0].model_fields)
 
 
-def _sentence(error: Any, raw: Any) -> str:
+def _sentence(error: Any, raw: Any, root: type[BaseModel]) -> str:
     """One pydantic error as one sentence."""
     path, section = _dotted(error["loc"], raw)
     kind, given = error["type"], error.get("input")
     if kind == "value_error":
-        return str(error["ctx"]["error"])
+        text = str(error["ctx"]["error"])
+        return path + text if text.startswith(".") else text  # of a section that stands in several places
     if kind == "missing":
         return f"{path}: is missing; add it, for example `{path}: ...`"
     if kind == "extra_forbidden":
-        return f"{path}: is not a known field; {_nearest(path, section)}"
+        return f"{path}: is not a known field; {_nearest(path, section, root)}"
     allowed = str(error["msg"]).replace("Input should", "should")
     if kind == "kind" and isinstance(given, dict):
         path, given = f"{path}.kind", given.get("kind")
     elif kind == "kind":
         allowed = allowed.replace("should be", "should be a mapping whose kind is")
-    elif kind in ("model_type", "float_type", "int_type") and (fields := _fields_at(path, None)):
+    elif kind in ("model_type", "float_type", "int_type") and (fields := _fields_at(path, None, root)):
         number = {"float_type": "a number, or ", "int_type": "an integer, or "}.get(kind, "")
         allowed = f"should be {number}a mapping of {', '.join(fields)}"
     shown = "null" if given is None else repr(given)
@@ -211,11 +253,11 @@ def _dotted(location: Sequence[Any], raw: Any) -> tuple[str, Any]:
     return ".".join(parts), section
 
 
-def _nearest(path: str, section: Any) -> str:
-    every = [p for p in _all_paths() if p != path]
+def _nearest(path: str, section: Any, root: type[BaseModel]) -> str:
+    every = [p for p in _all_paths(root) if p != path]
     parent, _, key = path.rpartition(".")
     kind = section.get("kind") if isinstance(section, dict) else None
-    siblings = _fields_at(parent, kind)
+    siblings = _fields_at(parent, kind, root)
     close = difflib.get_close_matches(key, siblings, n=1, cutoff=0.6)
     if close:
         return f"did you mean {parent + '.' if parent else ''}{close[0]}?"
@@ -224,8 +266,8 @@ def _nearest(path: str, section: Any) -> str:
     return f"{hint}{parent or 'the top level'} takes {', '.join(siblings)}"
 
 
-def _fields_at(parent: str, kind: Any) -> list[str]:
-    models: list[type[BaseModel]] = [ExperimentConfig]
+def _fields_at(parent: str, kind: Any, root: type[BaseModel]) -> list[str]:
+    models: list[type[BaseModel]] = [root]
     for part in parent.split(".") if parent else []:
         models = [m for model in models for m in _models_of(model, part)]
     if kind is not None:
@@ -233,7 +275,7 @@ def _fields_at(parent: str, kind: Any) -> list[str]:
     return sorted({field.alias or name for m in models for name, field in m.model_fields.items()})
 
 
-def _all_paths(model: type[BaseModel] = ExperimentConfig, prefix: str = "") -> list[str]:
+def _all_paths(model: type[BaseModel], prefix: str = "") -> list[str]:
     paths = []
     for name, field in model.model_fields.items():
         dotted = f"{prefix}{field.alias or name}"

@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_val
 from imaml_dist.config.algorithm import AlgorithmConfig, IMAMLConfig
 from imaml_dist.config.presets import fill_preset
 from imaml_dist.config.section import Section
+from imaml_dist.config.tracking import TrackingConfig
 
 
 class AugmentConfig(Section):
@@ -207,6 +208,8 @@ class RunConfig(Section):
     """A number, or `{min, max}`: then a lost node is gone on without, and a new one made use of."""
     threads: int = Field(1, ge=1, le=1024)
     """CPU threads per worker."""
+    gpus_per_worker: float = Field(1.0, gt=0, le=1)
+    """Share of a GPU that Ray reserves for a worker, where it has one; below 1 the trials of a sweep may share it."""
     execution: Literal["auto", "native", "vmap", "loop"] = "auto"
     """Tasks of a chunk in one call by our own CPU kernels or by torch's, or one after the other; resolved when the run begins."""
     precision: Literal["float32", "tf32", "bfloat16", "float64"] = "float32"
@@ -252,6 +255,8 @@ class ValidateConfig(Section):
     """0 switches validation off."""
     patience: int | None = Field(None, ge=1)
     """Validations in a row without a better accuracy that end the run; null trains on."""
+    manifest: str | None = None
+    """Frozen tasks to validate on, the first `tasks` of them; null draws from the val split with the run's seed."""
 
     def on_plateau(self, step: int, best: int) -> bool:
         """Whether validation has not become better for as many times as are waited for.
@@ -278,14 +283,6 @@ class EvaluateConfig(Section):
     """0 switches it off."""
     query: int = Field(15, ge=1)
     """Query images per class."""
-
-
-class TrackingConfig(Section):
-    """MLflow. The server comes from `MLFLOW_TRACKING_URI`; without it, `mlflow.db` beside the run directory."""
-
-    experiment: str | None = None
-    """The run's `name` when null."""
-    mlflow: bool = True
 
 
 class ExperimentConfig(Section):
@@ -317,5 +314,14 @@ class ExperimentConfig(Section):
             raise ValueError(
                 f"run.tasks_per_step: {self.run.tasks_per_step} given, "
                 f"must be a multiple of run.chunk = {self.run.chunk}; change one of the two"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _what_is_registered_is_tested(self) -> ExperimentConfig:
+        if self.tracking.registered is not None and self.evaluate.tasks == 0:
+            raise ValueError(
+                f"tracking.register: {self.tracking.registered!r} given with evaluate.tasks = 0, but versions are compared by their "
+                "test accuracy; give it tasks, or register nothing"
             )
         return self

@@ -65,6 +65,9 @@ class FrozenTasks(EpisodeSource):
         manifest: of tasks of this data set.
         dtype: of pixels.
 
+    Attributes:
+        sha256: of the manifest, in hex.
+
     Raises:
         DataError: the manifest belongs to another data set, or names classes or images that this one does not have.
     """
@@ -77,6 +80,7 @@ class FrozenTasks(EpisodeSource):
             )
         classes = dataset.classes(manifest.split)
         number_of = {entry.key: number for number, entry in enumerate(classes)}
+        self.sha256 = manifest.sha256
         self._tasks = []
         for task, (keys, images) in enumerate(manifest.tasks):
             for key, numbers in zip(keys, images, strict=True):

@@ -23,6 +23,7 @@ from imaml_dist.data.ahead import Ahead
 from imaml_dist.data.augment import Augmentation
 from imaml_dist.data.dataset import CacheOptions, Dataset
 from imaml_dist.data.episodes import EpisodeSource
+from imaml_dist.data.frozen import FrozenTasks, read_manifest
 from imaml_dist.distributed.build_algorithm import make_algorithm
 from imaml_dist.errors import ConfigError, brief
 from imaml_dist.kernels import native as kernels
@@ -45,12 +46,18 @@ def resolve(config: ExperimentConfig, *, cuda: bool, native: Callable[[], bool] 
         native: tells whether our own CPU kernels can be compiled here; asked only where they would be used.
 
     Raises:
-        ConfigError: a GPU, or what only a GPU has, is asked for and there is none; or native execution in bfloat16.
+        ConfigError: a GPU, or what only a GPU has, is asked for and there is none; native execution in bfloat16; or several
+            workers with a part of a GPU each.
     """
     run = config.run
     device = run.device if run.device != "auto" else ("cuda" if cuda else "cpu")
     if device == "cuda" and not cuda:
         raise ConfigError("run.device: cuda given, but no GPU is visible here; use cpu or auto")
+    if device == "cuda" and run.gpus_per_worker < 1 and run.bounds[1] > 1:
+        raise ConfigError(
+            f"run.gpus_per_worker: {run.gpus_per_worker} given with {run.bounds[1]} workers, but two workers of a run cannot talk to each "
+            "other on one GPU; use run.workers: 1, or a whole GPU for each"
+        )
     if run.precision == "tf32" and device != "cuda":
         raise ConfigError("run.precision: tf32 given, but only GPUs have it; use float32 or bfloat16")
     execution, rounded = run.execution, run.precision == "bfloat16"
@@ -133,8 +140,13 @@ def make_loss(name: str) -> Loss:
     return loss
 
 
-def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) -> MetaLearner:
+def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], updates: int = 0) -> MetaLearner:
     """The learner at its initial meta-parameters, on the run's device.
+
+    Args:
+        config: resolved configuration.
+        image_shape: `(C, H, W)`.
+        updates: of the checkpoint that it is for, where the algorithm's numbers follow a schedule.
 
     Raises:
         ConfigError: see `make_model` and `make_loss`.
@@ -145,7 +157,7 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int]) ->
     execution = config.run.execution
     assert execution != "auto", "the configuration is resolved"
     autocast = torch.bfloat16 if config.run.precision == "bfloat16" else None
-    return MetaLearner(model, make_algorithm(config.algorithm), make_loss(config.loss), execution, autocast)
+    return MetaLearner(model, make_algorithm(config.algorithm, updates), make_loss(config.loss), execution, autocast)
 
 
 def dtype_of(config: ExperimentConfig) -> torch.dtype:
@@ -204,3 +216,27 @@ def make_source(config: ExperimentConfig, dataset: Dataset, split: str, *, train
         pool=data.pool if learnt_from else None,
         pool_steps=data.pool_steps,
     )
+
+
+def make_validation_source(config: ExperimentConfig, dataset: Dataset) -> EpisodeSource | None:
+    """Episodes to validate on: of the val split, or frozen ones; None where the run does not validate.
+
+    Raises:
+        ConfigError: the split has not enough classes or images, or the frozen tasks are too few or of another number of ways.
+        DataError: no such split, or no such manifest of this data set.
+    """
+    wanted, url = config.validation.tasks, config.validation.manifest
+    if not wanted:
+        return None
+    if url is None:
+        return make_source(config, dataset, "val")
+    manifest = read_manifest(url, storage_options(config))
+    if manifest.way != config.data.way:
+        raise ConfigError(
+            f"validate.manifest: the tasks of {url} have {manifest.way} classes, data.way is {config.data.way}; freeze others"
+        )
+    if len(manifest.tasks) < wanted:
+        raise ConfigError(
+            f"validate.tasks: {wanted} given, but {url} has {len(manifest.tasks)} tasks; lower it, or freeze more"
+        )
+    return FrozenTasks(dataset, manifest, dtype_of(config))

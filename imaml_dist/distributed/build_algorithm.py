@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,7 +17,8 @@ from imaml_dist.algorithms.maml import MAML
 from imaml_dist.algorithms.meta_sgd import MetaSGD
 from imaml_dist.algorithms.reptile import Reptile
 from imaml_dist.algorithms.strength import ProximalStrength
-from imaml_dist.config.algorithm import AlgorithmConfig, StrengthConfig
+from imaml_dist.config.algorithm import AlgorithmConfig, ConjugateGradientConfig, StrengthConfig
+from imaml_dist.training.schedule import ResidualCap, scheduled
 
 ALGORITHMS = {"imaml": IMAML, "maml": MAML, "fomaml": FOMAML, "reptile": Reptile, "anil": ANIL, "meta_sgd": MetaSGD}
 
@@ -37,18 +39,42 @@ SOLVERS = {
 }
 
 
-def make_algorithm(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm's record."""
+def make_algorithm(config: AlgorithmConfig, updates: int = 0, cap: ResidualCap | None = None) -> Algorithm:
+    """The algorithm's record, as of the update that follows `updates` applied ones.
+
+    Args:
+        config: of the algorithm.
+        updates: applied so far.
+        cap: of the linear solver's iterations, where it adapts to residuals.
+    """
     facts: dict[str, Any] = _facts(config, "inner", "solver", "lam", "preset", "head")
     facts["inner"] = INNER[config.inner.kind](**_facts(config.inner))
     if config.kind == "imaml":
-        facts["solver"] = SOLVERS[config.solver.kind](**_facts(config.solver))
-        lam = config.lam
-        facts["lam"] = ProximalStrength(**lam.model_dump()) if isinstance(lam, StrengthConfig) else lam
+        solver = _facts(config.solver, "schedule", "adapt")
+        if isinstance(config.solver, ConjugateGradientConfig):
+            solver["max_iterations"] = cg_steps(config.solver, updates, cap)
+        facts["solver"] = SOLVERS[config.solver.kind](**solver)
+        facts["lam"] = lam = config.lam
+        if isinstance(lam, StrengthConfig):
+            facts["lam"] = ProximalStrength(**_strength(lam) | {"init": lam_of(lam, updates)})
     if config.kind == "anil":
         facts["head"] = tuple(config.head)
     algorithm: Algorithm = ALGORITHMS[config.kind](**facts)
     return algorithm
+
+
+def lam_of(config: StrengthConfig, updates: int) -> float:
+    """Lambda's initial value, or where its schedule is after so many updates."""
+    return scheduled(config.init, config.schedule, updates)
+
+
+def cg_steps(config: ConjugateGradientConfig, updates: int, cap: ResidualCap | None = None) -> int:
+    """Iterations of the linear solver at most, after so many updates."""
+    return cap.cap if cap is not None else math.floor(scheduled(config.max_iterations, config.schedule, updates) + 0.5)
+
+
+def _strength(section: StrengthConfig) -> dict[str, Any]:
+    return section.model_dump(exclude={"schedule"})
 
 
 def _facts(section: BaseModel, *besides: str) -> dict[str, Any]:

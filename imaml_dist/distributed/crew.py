@@ -88,6 +88,16 @@ class Crew:
         with losses():
             return bool(self.store.check(self._of_all(f"{generation}/finished")))
 
+    def tell_failure(self, kind: str, message: str) -> None:
+        """Type and message of the error that ends the run; the first that is told stands."""
+        with losses():
+            self.store.compare_set("failure", "", json.dumps([kind, message]))
+
+    def failure(self) -> list[str] | None:
+        """What was told."""
+        with losses():
+            return json.loads(self.store.get("failure")) if self.store.check(["failure"]) else None
+
     def leave(self, timeout: float) -> None:
         """Say that one will ask for nothing more; the store's owner waits until all have said so, but not for ever."""
         with suppress(RuntimeError):

@@ -40,7 +40,7 @@ def not_stuck(config: RunConfig, run: RunDirectory, state: MetaState) -> None:
     skipped = state.skipped_in_a_row
     if skipped >= config.give_up_after:
         ended = ", ".join(f"{n} {name}" for name, n in state.ledger.outcomes_of_last(skipped).items())
-        newest = max(run.checkpoint_steps(), default=None)
+        newest = run.newest_step()
         raise TrainingError(
             f"{skipped} meta-steps in a row were skipped, because more than half of their tasks were excluded or the gradient "
             f"was not finite (their tasks ended {ended}); the last good checkpoint is of step {newest}; try a smaller "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -133,18 +134,39 @@ def losses() -> Iterator[None]:
 def first_rank_decides(group: Group, decide: Callable[[], int]) -> int:
     """What rank 0's `decide` returns, on every rank. What it raises is raised on every rank, so that none waits for another.
 
+    It may take long, as storage does that is away for a while: rank 0 gives the others a sign of life meanwhile.
+
     Raises:
         ImamlError: raised by `decide`; ranks other than 0 only know that it was.
     """
-    choice, error = [0, 0], None
-    if group.rank == 0:
+    result: list[int] = []
+    error: list[BaseException] = []
+
+    def call() -> None:
         try:
-            choice = [1, decide()]
-        except ImamlError as caught:
-            error = caught
-    found, value = group.gather(torch.tensor(choice, dtype=torch.int64))[0].tolist()
-    if error is not None:
-        raise error
-    if not found:
-        raise ImamlError("rank 0 gave up; its own error says why")
-    return int(value)
+            result.append(decide())
+        except BaseException as caught:  # raised below
+            error.append(caught)
+
+    thread = threading.Thread(target=call, name="deciding", daemon=True)
+    if group.rank == 0:
+        thread.start()
+    while True:
+        if group.rank == 0:
+            thread.join(SIGN_OF_LIFE_S)
+        if error and not isinstance(error[0], ImamlError):
+            raise error[0]
+        choice = [_DECIDED, result[0]] if result else [_GAVE_UP if error else _DECIDING, 0]
+        state, value = group.gather(torch.tensor(choice, dtype=torch.int64))[0].tolist()
+        if error:
+            raise error[0]
+        if state == _GAVE_UP:
+            raise ImamlError("rank 0 gave up; its own error says why")
+        if state == _DECIDED:
+            return int(value)
+
+
+SIGN_OF_LIFE_S = 1.0
+"""Between two; far less than any `run.collective_timeout`."""
+
+_DECIDING, _DECIDED, _GAVE_UP = range(3)

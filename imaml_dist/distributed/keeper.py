@@ -178,12 +178,9 @@ class Keeper:
             elif process.silent > self._limits.silence:
                 self._lose(f"was silent for {process.silent:.1f} s")
                 crew.end(generation)
-            elif (
-                process.stuck > self._limits.collective + JOIN_S
-            ):  # all have stopped: else another would have waited in vain
-                self._lose(
-                    f"computed nothing for {process.stuck:.0f} s, run.collective_timeout is {self._limits.collective:g}"
-                )
+            elif process.stuck > self._limits.collective + JOIN_S:  # nobody waits for it: all hang, or it is alone
+                limit = f"run.collective_timeout is {self._limits.collective:g}"
+                self._lose(f"computed one chunk of tasks for {process.stuck:.0f} s, {limit}")
                 crew.end(generation)
             elif self._with_spare and process.step > begun >= 0:  # a spare is in the way of a first step
                 self._tend_spare()
@@ -203,7 +200,7 @@ class Keeper:
             waited = time.monotonic() - since
             longest = JOIN_S if process.joining else self._limits.collective + JOIN_S
             if process.silent > self._limits.silence or max(waited, process.stuck) > longest:
-                self._lose(f"did not leave its group for {waited:.0f} s")
+                self._lose(f"did not leave its group for {max(waited, process.stuck):.0f} s")
         return self._LOST
 
     def _heard(self) -> list[Message]:
@@ -221,6 +218,7 @@ class Keeper:
 
     def _fail(self, kind: str, message: str) -> None:
         self._has_failed = True
+        self._crew.tell_failure(kind, message)
         self._failed(kind, message)
 
     def _lose(self, why: str) -> None:

@@ -13,7 +13,7 @@ from imaml_dist.algorithms.record import NO_SOLVE, TaskRecord
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
-from imaml_dist.distributed import progress
+from imaml_dist.distributed import progress, schedules
 from imaml_dist.distributed.chunks import Deal, chunks_of
 from imaml_dist.distributed.group import Group
 from imaml_dist.distributed.reduction import ExactSum, FastSum, gather_chunks, tree_sum
@@ -94,16 +94,18 @@ class MetaStep:
         sums = ExactSum if self._config.run.reduction == "exact" else FastSum
         size = self._state.parameters.layout.size
         total, rows = sums(self._group, self.deal, self._empty(), size), []
+        schedules.follow(self._config.algorithm, self._learner, self._state)
+        varying = schedules.values(self._config.algorithm, self._state)
         for _ in self._mine:
             fetch = time.perf_counter()
             batch = next(episodes).to(self._config.run.device)
             seconds["data"] += time.perf_counter() - fetch
-            out = self._learner.task_gradients(batch)
+            with progress.computing():
+                out = self._learner.task_gradients(batch)
             for phase, spent in out.seconds.items():
                 seconds[phase] += spent
             total.add(tree_sum(out.rows))
             rows.append(out.tasks.to_rows())
-            progress.note()
         reduce = time.perf_counter()
         gradient, tasks = total.finish(), self._tasks(rows)
         seconds["reduce"] = time.perf_counter() - reduce
@@ -120,6 +122,7 @@ class MetaStep:
             "time": time.time(),
             **_task_metrics(tasks),
             **self._state.parameters.describe(),
+            **varying,
             "grad_norm": norm,
             "step_skipped": int(self._state.skipped_in_a_row > 0),
             "updates": self._state.updates,
@@ -148,6 +151,8 @@ class MetaStep:
         gradient, norm = clip_norm(total / max(1, accepted), self._config.outer.clip)
         if is_usable(accepted, len(tasks.outcome), norm):
             self._state.apply(gradient, rate)
+            residuals = tasks.cg_residual[tasks.outcome == int(TaskOutcome.OK)]
+            schedules.count(self._config.algorithm, self._state, float(residuals.mean()))
         else:
             self._state.skip()
         return norm if accepted else float("nan")

@@ -21,6 +21,7 @@ from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
 from imaml_dist.training.evaluation import COLUMNS, TASKS_AT_ONCE, Evaluation, predict_queries, task_scores
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.state import updates_of
 
 
 def shared_accuracy(
@@ -38,9 +39,9 @@ def shared_accuracy(
     mine = torch.zeros(len(dealt), TASKS_AT_ONCE, COLUMNS, dtype=torch.float64)
     with read_ahead(config, source, ((0, chunks[number]) for number in dealt)) as coming:
         for row, episodes in enumerate(coming):
-            scores = task_scores(learner, episodes.to(device))
-            mine[row, : len(scores)] = scores.cpu()
-            progress.note()
+            with progress.computing():
+                scores = task_scores(learner, episodes.to(device))
+                mine[row, : len(scores)] = scores.cpu()
     rows = gather_chunks(group, mine, deal).tolist()
     return Evaluation.of_rows([a for row, chunk in zip(rows, chunks, strict=True) for a in row[: len(chunk)]])
 
@@ -51,7 +52,7 @@ def meta_test(
     """Evaluate the best checkpoint beside the same network without meta-training, adapted the same way.
 
     "Without meta-training" is the plain initial network of the seed, with the algorithm's own parameters as configured,
-    also in a run that began with a warm start.
+    also in a run that began with a warm start. Both adapt with the lambda that the checkpoint's schedule has come to.
 
     Rank 0 writes the result to `evaluation.json`, with one episode and its predictions for people to look at.
 
@@ -64,11 +65,10 @@ def meta_test(
         ConfigError, DataError: the split does not have such episodes.
     """
     source = make_source(config, dataset, split)
-    untrained = make_learner(config, source.image_shape)
-    trained = make_learner(config, source.image_shape)
     # Rank 0 chooses, for it alone knows that what it has written is whole.
     step = first_rank_decides(group, run.best_checkpoint)
-    tensors, _ = checkpoint_of_first_rank(group, run, step)
+    tensors, facts = checkpoint_of_first_rank(group, run, step)
+    untrained, trained = (make_learner(config, source.image_shape, updates_of(facts)) for _ in range(2))
     meta_parameters(trained).load(tensors)
     results = []
     for learner in (untrained, trained):

@@ -3,7 +3,7 @@
     python -m imaml_dist.distributed.rank FD
 
 FD is the process's end of its `Channel`. It is told `join` (train, in this group) and `save` (a checkpoint at the end of the
-step), and says `ready`, `joined`, `beat` (twice a second, with its step and how much it computed), and how a group ended for it:
+step), and says `ready`, `joined`, `beat` (twice a second, with its step and the chunk that it computes), and how a group ended for it:
 `ended`, `lost`, `failed` (an error that is the run's), `crashed` (any other) or `faulty` (its state is not that of the others), which
 are this process's end, too.
 """
@@ -71,7 +71,7 @@ class Rank:
     def _beat(self) -> None:
         while True:
             step = -1 if self._worker is None else self._worker.state.step
-            self._channel.send(said="beat", step=step, chunks=progress.chunks())
+            self._channel.send(said="beat", step=step, chunk=progress.chunk())
             time.sleep(BEAT_S)
 
     def _save(self) -> None:
@@ -107,7 +107,6 @@ class Rank:
             torch.cuda.set_device(order["gpu"])
         limit = timedelta(seconds=order["timeout"])
         worker = None
-        progress.begin()
         try:
             with losses():
                 store = TCPStore(order["host"], order["port"], is_master=False, timeout=limit)

@@ -39,7 +39,7 @@ class RankProcess:
             )
         self._channel = Channel(ours)
         self._heard = self._moved = time.monotonic()
-        self._chunks = 0
+        self._chunk = 0
         self.ready = False
         self.joining = self.member = False
         """Of a group: about to be, and until it says how that ended."""
@@ -63,12 +63,12 @@ class RankProcess:
 
     @property
     def stuck(self) -> float:
-        """Seconds since it last had computed something; 0 before it has: until then it may build, compile or read for long."""
-        return time.monotonic() - self._moved if self._chunks else 0.0
+        """Seconds since it began to compute a chunk; 0 while it computes none."""
+        return time.monotonic() - self._moved if self._chunk else 0.0
 
     def join(self, **order: Any) -> None:
         """Have it train in a group."""
-        self._chunks = 0
+        self._chunk = 0
         self.joining = self.member = True
         self._channel.send(do="join", **order)
 
@@ -84,8 +84,8 @@ class RankProcess:
             match message["said"]:
                 case "beat":
                     self.step = message["step"]
-                    if message["chunks"] != self._chunks:
-                        self._chunks, self._moved = message["chunks"], self._heard
+                    if message["chunk"] != self._chunk:
+                        self._chunk, self._moved = message["chunk"], self._heard
                 case "ready":
                     self.ready = True
                 case "joined":

@@ -85,7 +85,10 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
                 num_workers=fewest if fewest == most else (fewest, most),
                 elastic_resize_monitor_interval_s=RESIZE_S,
                 use_gpu=cuda,
-                resources_per_worker={"CPU": config.run.threads, **({"GPU": 1} if cuda else {})},
+                resources_per_worker={
+                    "CPU": config.run.threads,
+                    **({"GPU": config.run.gpus_per_worker} if cuda else {}),
+                },
             ),
             run_config=RunConfig(
                 name=f"start-{len(run.starts()):04d}-{os.getpid()}",
@@ -98,13 +101,15 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         result = _fitted(fit, run, TrainingFailedError)
     except (TrainingFailedError, RayError) as error:  # the latter if Ray's controller of the run is lost
         raise_failure(run)
-        newest = max(run.checkpoint_steps(), default=None)
+        newest = run.newest_step()
         raise TrainingError(
             f"Ray gave up ({errors.brief(error)}); the last good checkpoint is of step {newest}; see the worker logs of Ray, then run "
             "the same command again to resume"
         ) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+    if isinstance(result.return_value, list):
+        raise _told(*result.return_value)
     raise_failure(run)
     return Stop(int(result.return_value))
 
@@ -127,13 +132,17 @@ def raise_failure(run: RunDirectory) -> None:
     """Raise in this process what a worker has left in the run directory, if anything."""
     failure = run.failure()
     if failure is not None:
-        kind = getattr(errors, str(failure["type"]), ImamlError)
-        raise kind(str(failure["message"]))
+        raise _told(str(failure["type"]), str(failure["message"]))
+
+
+def _told(kind: str, message: str) -> ImamlError:
+    found = getattr(errors, kind, None)
+    return (found if isinstance(found, type) and issubclass(found, ImamlError) else ImamlError)(message)
 
 
 def _absolute(config: ExperimentConfig) -> dict[str, Any]:
     """The sections that hold paths, with paths that mean the same in every working directory."""
-    data, warm = config.data.model_dump(), config.warm_start.model_dump()
+    data, warm, frozen = config.data.model_dump(), config.warm_start.model_dump(), config.validation.model_dump()
     if config.warm_start.path is not None:
         warm |= {"path": str(local_path(config.warm_start.path).resolve())}
     storage = config.storage.model_dump()
@@ -141,4 +150,6 @@ def _absolute(config: ExperimentConfig) -> dict[str, Any]:
         storage |= {"cache": str(Path(config.storage.cache).resolve())}
     if not config.data.url.startswith(S3):
         data |= {"url": str(local_path(config.data.url).resolve())}
-    return {"data": data, "storage": storage, "warm_start": warm}
+    if config.validation.manifest is not None and not config.validation.manifest.startswith(S3):
+        frozen |= {"manifest": str(local_path(config.validation.manifest).resolve())}
+    return {"data": data, "storage": storage, "warm_start": warm, "validate": frozen}

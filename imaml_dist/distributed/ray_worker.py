@@ -15,50 +15,59 @@ from imaml_dist.distributed.interface import interface_of
 from imaml_dist.distributed.keeper import Keeper, Limits
 from imaml_dist.distributed.rank_process import RankProcess
 from imaml_dist.distributed.stop import Stop
-from imaml_dist.errors import ImamlError, PeerLostError, StorageError
+from imaml_dist.errors import ImamlError, PeerLostError
 from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 
+Result = int | list[str]
 
-def keep_rank(payload: dict[str, Any]) -> int:
+
+def keep_rank(payload: dict[str, Any]) -> Result:
     """Keep this worker's rank to the end of the run.
+
+    Only rank 0's keeper looks into the run directory before all have met; the others need not see it.
 
     Args:
         payload: `config`, `run` (the address of its directory), `import_path` for a user's own modules, and `starts`, how often the
             run had been started before this command.
 
     Returns:
-        The `Stop`; INTERRUPTED if the run failed, whose error lies in the run directory then.
+        The `Stop`, or type and message of the error that ended the run. Ray hands rank 0's to the command.
 
     Raises:
         PeerLostError: another keeper is lost. Ray starts all of them again.
-        ImamlError: this one cannot keep its rank; the run directory has the error, too.
+        ImamlError: this one, not rank 0's, cannot keep its rank; rank 0's and the run directory have the error, too.
     """
+    from ray import train
+
     config = build_config(payload["config"])
     run = open_run(payload["run"], storage_options(config))
-    run.collect()
+    first = train.get_context().get_world_rank() == 0
 
     def failed(kind: str, message: str) -> None:
         try:
             run.fail(kind, message)
-        except (OSError, StorageError) as error:  # a full disk may be the very failure
+        except (OSError, ImamlError) as error:  # a full disk may be the very failure
             print(f"{kind}: {message} (which cannot be written: {error})", file=sys.stderr, flush=True)
 
-    if run.failure() is not None:  # Ray restarts the group after any error; one that will only repeat itself ends here
-        return int(Stop.INTERRUPTED)
     try:
-        stop = _keep(payload, config, run, failed)
+        return _keep(payload, config, run, first, failed)
     except PeerLostError:
         raise
     except ImamlError as error:
         failed(type(error).__name__, str(error))
+        if first:
+            return [type(error).__name__, str(error)]
         raise
-    return int(Stop.INTERRUPTED if stop is None else stop)
 
 
 def _keep(
-    payload: dict[str, Any], config: ExperimentConfig, run: RunDirectory, failed: Callable[[str, str], None]
-) -> Stop | None:
+    payload: dict[str, Any],
+    config: ExperimentConfig,
+    run: RunDirectory,
+    first: bool,
+    failed: Callable[[str, str], None],
+) -> Result:
     from ray import train
     from ray.train.collective import broadcast_from_rank_zero
     from ray.train.torch import get_device
@@ -70,9 +79,19 @@ def _keep(
         # Of their own accord they take the address that the machine's name stands for, which others may not reach.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
         os.environ.setdefault("NCCL_SOCKET_IFNAME", interface)
-    process = RankProcess()
-    opened = open_store(here) if rank == 0 else None
-    host, port = broadcast_from_rank_zero(None if opened is None else [here, opened[1]])
+    try:
+        before = _told_before(run) if first else None
+    except ImamlError:
+        broadcast_from_rank_zero(None)  # nobody is to wait for this one
+        raise
+    process = RankProcess() if before is None else None
+    opened = open_store(here) if first and process is not None else None
+    address = broadcast_from_rank_zero(None if opened is None else [here, opened[1]])
+    if process is None or address is None:
+        if process is not None:
+            process.kill()
+        return before or int(Stop.INTERRUPTED)
+    host, port = address
     cuda = config.run.device == "cuda"
     order = {
         **payload,
@@ -87,8 +106,16 @@ def _keep(
     }
     limits = Limits(config.run.heartbeat_timeout, config.run.collective_timeout)
     crew = connect(host, port, rank, world, None if opened is None else opened[0])
-    again = "a node or a keeper was lost" if len(run.starts()) > payload["starts"] else None
-    return Keeper(process, crew, order, limits, failed, _preempted, before=again).run()
+    again = "a node or a keeper was lost" if first and len(run.starts()) > payload["starts"] else None
+    stop = Keeper(process, crew, order, limits, failed, _preempted, before=again).run()
+    return (crew.failure() if first else None) or int(Stop.INTERRUPTED) if stop is None else int(stop)
+
+
+def _told_before(run: RunDirectory) -> list[str] | None:
+    """The error of a group of keepers before this one: Ray starts them again after any, and this one would only repeat itself."""
+    run.collect()
+    told = run.failure()
+    return None if told is None else [str(told["type"]), str(told["message"])]
 
 
 def _preempted() -> bool:

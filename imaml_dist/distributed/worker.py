@@ -15,14 +15,25 @@ import torch
 
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.data.frozen import FrozenTasks
 from imaml_dist.data.philox import SPEC_VERSION
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, read_ahead
+from imaml_dist.distributed import schedules
+from imaml_dist.distributed.build import (
+    make_learner,
+    make_source,
+    make_validation_source,
+    open_dataset,
+    prepare_process,
+    read_ahead,
+)
 from imaml_dist.distributed.comparison import COLUMNS, Comparison
 from imaml_dist.distributed.giving_up import not_stuck
 from imaml_dist.distributed.group import Group, first_rank_decides
 from imaml_dist.distributed.memory import Memory
 from imaml_dist.distributed.meta_step import MetaStep
 from imaml_dist.distributed.meta_test import meta_test, shared_accuracy
+from imaml_dist.distributed.nodes import COLUMNS as OF_NODES
+from imaml_dist.distributed.nodes import Nodes
 from imaml_dist.distributed.resumption import resume
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.traffic import Traffic
@@ -69,11 +80,19 @@ class Worker:
         self.config, self.run, self.group = config, run, group
         self.dataset = open_dataset(config)
         self.train_source = make_source(config, self.dataset, "train")
-        self.val_source = make_source(config, self.dataset, "val") if config.validation.tasks else None
+        self.val_source = make_validation_source(config, self.dataset)
         self.learner: MetaLearner = make_learner(config, self.train_source.image_shape)
         learned = meta_parameters(self.learner)
         drawn_from = {"dataset": self.dataset.index.fingerprint, "drawing rules": SPEC_VERSION}
-        self.state = MetaState(learned, make_optimizer(learned, config.outer), drawn_from, fixed_fields(config))
+        if isinstance(self.val_source, FrozenTasks):
+            drawn_from["frozen tasks"] = self.val_source.sha256
+        self.state = MetaState(
+            learned,
+            make_optimizer(learned, config.outer),
+            drawn_from,
+            fixed_fields(config),
+            cap=schedules.first_cap(config.algorithm),
+        )
         self.save_now = False
         self._memory, self._after = memory, after
         self._record: metrics_file.Record | None = None
@@ -126,6 +145,7 @@ class Worker:
         self._record, self._memory = (None, None) if taken is None else (taken.record, self._memory)
         doubted = None if self._memory is None else self._memory.doubted
         self._comparison = Comparison(self.group.rank, self.state, self._as_memory, doubted)
+        self._nodes = Nodes(self.group, self.config.tracking.system_every)
         pen = RunWriter(self.run, self.config.run.keep) if self.group.rank == 0 else None
         try:
             stop = self._steps(pen)
@@ -197,7 +217,8 @@ class Worker:
         return self.config.validation.on_plateau(self.state.step, self.state.best.step)
 
     def _agree(self, record: metrics_file.Record | None = None) -> Stop:
-        """The opinion of all about the end. What all have done and asked of storage since the last time is added to the record.
+        """The opinion of all about the end. What all have done and asked of storage since the last time, and how busy their machines
+        are, is added to the record.
 
         A request of any rank to save now becomes one of all.
         """
@@ -209,13 +230,15 @@ class Worker:
             int(asked),
             computing,
             *self._comparison.told(),
+            *self._nodes.told(),
             *self._traffic.since_last(),
         ]
         rows = [row.tolist() for row in self.group.gather(torch.tensor(said, dtype=torch.float64))]
         self._comparison.judge([row[3:] for row in rows])
         self._saving = any(row[1] for row in rows)
         if record is not None:
-            record |= self._traffic.summed([row[3 + COLUMNS :] for row in rows])
+            record |= self._nodes.metrics([row[3 + COLUMNS :][:OF_NODES] for row in rows])
+            record |= self._traffic.summed([row[3 + COLUMNS + OF_NODES :] for row in rows])
         if record is not None and self.group.world > 1:
             times = [row[2] for row in rows]
             self._meta.took(times)
@@ -257,6 +280,9 @@ class Worker:
         """Add the validation accuracy to the record, and note the step if it is the best so far."""
         if self.val_source is None:
             return
+        schedules.follow(
+            self.config.algorithm, self.learner, self.state
+        )  # as the checkpoint of this step will be tested
         result = shared_accuracy(self.config, self.group, self.learner, self.val_source, self.config.validation.tasks)
         record |= {"val_accuracy": result.mean, "val_ci95": result.ci95}
         if result.inductive is not None:

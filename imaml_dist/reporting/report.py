@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
-from matplotlib.figure import Figure
 
 from imaml_dist.errors import InputError
 from imaml_dist.reporting import drawing, figures
 from imaml_dist.reporting.learned import COLOURS, learned_curves, read_learned
+from imaml_dist.reporting.page import draw, duration, percent, render
 from imaml_dist.reporting.reading import (
     Accuracy,
     Episode,
@@ -60,10 +58,8 @@ def write_report(run: Path) -> Path:
     head = read_headline(summary, path)
     trained, untrained = (read_accuracy(run, summary, evaluation, who) for who in ("trained", "untrained"))
     best = best_step(summary, records)
-    template = files("imaml_dist.reporting").joinpath("report.html.j2").read_text(encoding="utf-8")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters["percent"] = _percent
-    page = environment.from_string(template).render(
+    page = render(
+        "report.html.j2",
         head=head,
         finished=summary is not None,
         steps=len(records),
@@ -71,7 +67,7 @@ def write_report(run: Path) -> Path:
         untrained=untrained,
         verdict=_verdict(trained, untrained),
         validation=_last_validation(records),
-        curve=_draw(figures.learning_curve(records, head["way"], best), "curve") if records else None,
+        curve=draw(figures.learning_curve(records, head["way"], best), "curve") if records else None,
         histogram=_histogram(trained, untrained, head["way"], evaluation),
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
         outcomes=_outcomes(records),
@@ -103,11 +99,7 @@ def _verdict(trained: Accuracy | None, untrained: Accuracy | None) -> str:
 
 def _last_validation(records: list[dict[str, Any]]) -> str:
     steps, values = drawing.series(records, "val_accuracy")
-    return f"{_percent(float(values[-1]))} at step {int(steps[-1])}" if len(values) else ""
-
-
-def _draw(figure: Figure, prefix: str) -> Markup:
-    return Markup(drawing.svg(figure, prefix))  # noqa: S704 - our own drawing, whose texts matplotlib escapes
+    return f"{percent(float(values[-1]))} at step {int(steps[-1])}" if len(values) else ""
 
 
 def _histogram(
@@ -118,7 +110,7 @@ def _histogram(
         return None
     before = untrained.tasks if untrained is not None else np.zeros(0)
     images = min(max(way * query, 1), 10_000)
-    return _draw(figures.accuracy_histogram(trained.tasks, before, images, 1.0 / way), "histogram")
+    return draw(figures.accuracy_histogram(trained.tasks, before, images, 1.0 / way), "histogram")
 
 
 def _honesty(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -127,14 +119,14 @@ def _honesty(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         _, values = drawing.series(records, key)
         if len(values):
             late = float(np.median(values[-max(1, len(values) // 10) :]))
-            drawn = _draw(figures.diagnostic_curve(records, key, log), key)
+            drawn = draw(figures.diagnostic_curve(records, key, log), key)
             panels.append({"title": title, "late": f"{late:.3g}", "reading": reading, "figure": drawn})
     return panels
 
 
 def _outcomes(records: list[dict[str, Any]]) -> Markup | None:
     steps, shares = outcome_fractions(records)
-    return _draw(figures.solve_outcomes(steps, shares), "outcomes") if len(steps) else None
+    return draw(figures.solve_outcomes(steps, shares), "outcomes") if len(steps) else None
 
 
 def _learned(records: list[dict[str, Any]]) -> dict[str, Any] | None:
@@ -142,7 +134,7 @@ def _learned(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     if not found:
         return None
     ends = ", ".join(f"{one.name} {one.median[-1]:.3g}" for one in found[: len(COLOURS)])
-    return {"figure": _draw(learned_curves(found), "learned"), "ends": ends, "left_out": len(found[len(COLOURS) :])}
+    return {"figure": draw(learned_curves(found), "learned"), "ends": ends, "left_out": len(found[len(COLOURS) :])}
 
 
 def _episode(episode: Episode | None) -> dict[str, Any] | None:
@@ -157,7 +149,7 @@ def _episode(episode: Episode | None) -> dict[str, Any] | None:
         for guess in (episode.predictions, episode.untrained_predictions)
     )
     return {
-        "figure": _draw(drawn, "episode"),
+        "figure": draw(drawn, "episode"),
         "hits": hits,
         "before": before,
         "of": len(truth),
@@ -174,10 +166,10 @@ def _time(records: list[dict[str, Any]]) -> dict[str, Any] | None:
     rows = [(name, figures.PHASES[name], _seconds(seconds), f"{seconds / whole:.1%}") for name, seconds in phases]
     _, speed = drawing.series(records, "tasks_per_second")
     return {
-        "bar": _draw(figures.time_split(phases), "phases"),
+        "bar": draw(figures.time_split(phases), "phases"),
         "rows": rows,
         "whole": _seconds(whole),
-        "speed": _draw(figures.throughput(records), "speed") if len(speed) else None,
+        "speed": draw(figures.throughput(records), "speed") if len(speed) else None,
         "median": f"{np.median(speed):,.1f}" if len(speed) else "",
     }
 
@@ -191,7 +183,7 @@ def _facts(
     tracked = part_of(summary, "mlflow")
     facts = [
         ("meta-steps", f"{done.get('meta_steps', len(records))}" if summary else f"{len(records)} of {head['of']}"),
-        ("time", _duration(seconds) + ("" if summary else " (sum over steps)")),
+        ("time", duration(seconds) + ("" if summary else " (sum over steps)")),
         ("tasks per second", _number(done.get("tasks_per_second"))),
         ("world size", str(done.get("world_size", records[-1].get("world_size", "–") if records else "–"))),
         ("restarts", str(done.get("restarts", "–"))),
@@ -212,10 +204,6 @@ def _flat(values: dict[str, Any]) -> list[tuple[str, str]]:
     return [(str(key), "–" if value is None else str(value)) for key, value in values.items()]
 
 
-def _percent(value: float, digits: int = 1) -> str:
-    return f"{value * 100:.{digits}f}%" if np.isfinite(value) else "–"
-
-
 def _number(value: object) -> str:
     number = drawing.finite(value)
     return "–" if number is None else f"{number:,.1f}"
@@ -223,13 +211,3 @@ def _number(value: object) -> str:
 
 def _seconds(value: float) -> str:
     return f"{value * 1000:.1f} ms" if value < 1 else f"{value:.2f} s"
-
-
-def _duration(value: object) -> str:
-    seconds = drawing.finite(value)
-    if seconds is None:
-        return "–"
-    hours, rest = divmod(round(seconds), 3600)
-    if hours:
-        return f"{hours} h {rest // 60} min"
-    return f"{rest // 60} min {rest % 60} s" if rest >= 60 else f"{seconds:.1f} s"

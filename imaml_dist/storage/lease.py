@@ -1,7 +1,8 @@
 """The right to write, held by one process at a time, in storage that has no locks: an object that its holder keeps renewing.
 
-Every write of it is conditional on the version that was read, so of two only one succeeds. A lease counts as abandoned when it was
-not renewed for its `seconds` as measured here: no two clocks are compared. A holder that ended on this very machine is noticed at once.
+Every write of it, also the one that gives it back, is conditional on the version that was read, so of two only one succeeds. A lease counts
+as abandoned when it was not renewed for its `seconds` as measured here: no two clocks are compared. A holder that ended on this very
+machine is noticed at once. Requests should be tried for much shorter than `seconds`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from imaml_dist.errors import ChangedError, MissingBucketError, MissingError, StorageError
+from imaml_dist.errors import ChangedError, ImamlError, LeaseLostError, MissingBucketError, MissingError, StorageError
 from imaml_dist.storage.protocol import ABSENT, Storage
 
 SECONDS = 30.0
@@ -37,62 +38,67 @@ class Lease:
 
     def __init__(self, storage: Storage, name: str, label: str = "", seconds: float = SECONDS) -> None:
         self._storage, self._name, self._seconds = storage, name, seconds
-        self._facts = {"holder": secrets.token_hex(8), "label": label, **_process()}
-        self._turn, self._version, self._lost = 0, "", False
+        self._facts: dict[str, Any] = {"holder": secrets.token_hex(8), "label": label, **_process()}
+        self._turn, self._version, self._lost, self._renewed = 0, "", False, 0.0
         self._renewing = threading.Lock()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
-    def acquire(self, wait: float = 0.0) -> str | None:
+    def acquire(self, wait: float = 0.0, patience: float = 0.0) -> str | None:
         """Become the holder.
 
         Args:
             wait: seconds to wait for a holder who goes on renewing; one who does not is waited for in any case.
+            patience: seconds to wait for storage that fails.
 
         Returns:
             The label of the holder who was lost without giving it back, "" if there was none; None if somebody holds it.
 
         Raises:
-            StorageError: storage fails.
+            StorageError: storage fails, or does not heed conditions, so that it cannot keep two writers apart.
         """
-        began = time.monotonic()
+        began = heard = time.monotonic()
         seen, since, renewals = "", began, -1
         while True:
-            with suppress(ChangedError):
-                return self._take(ABSENT, "")
-            found = self._found()
-            if found is None:
-                continue
-            version, holder = found
-            if version != seen:
-                seen, since, renewals = version, time.monotonic(), renewals + 1
-            left = holder.get("label") == self._facts["label"] != "" and _is_this_process(holder)
-            if left or _is_gone(holder) or time.monotonic() - since >= self._seconds:
+            try:
                 with suppress(ChangedError):
-                    return self._take(version, str(holder.get("label", "")))
-            elif renewals > 0 and time.monotonic() - began >= wait:
-                return None
-            else:
-                time.sleep(self._seconds / 60)
+                    return self._take(ABSENT, "")
+                if (found := self._found()) is not None:
+                    version, holder = found
+                    if version != seen:
+                        seen, since, renewals = version, time.monotonic(), renewals + 1
+                    if self._is_free(holder) or time.monotonic() - since >= self._seconds:
+                        with suppress(ChangedError):
+                            return self._take(version, "" if holder.get("released") else str(holder.get("label", "")))
+                    elif renewals > 0 and time.monotonic() - began >= wait:
+                        return None
+                heard = time.monotonic()
+            except StorageError:
+                if time.monotonic() - heard >= patience:
+                    raise
+            time.sleep(self._seconds / 60)
+
+    def check(self) -> None:
+        """Make sure that nobody can have taken it, without asking storage.
+
+        Raises:
+            LeaseLostError: another process has.
+            StorageError: it could not be renewed for so long that another may.
+        """
+        if self._lost:
+            raise self._taken()
+        if time.monotonic() - self._renewed >= self._seconds:
+            raise StorageError(f"{self._storage.url}: the right to write could not be renewed for {self._seconds:g} s")
 
     def confirm(self) -> None:
         """Make sure that this process is the holder, now.
 
         Raises:
-            StorageError: it is not any more, or storage fails.
+            LeaseLostError: it is not any more.
+            StorageError: storage fails.
         """
         with self._renewing:
-            if not self._lost:
-                try:
-                    self._turn += 1
-                    self._version = self._storage.write(self._name, self._content(), only_if=self._version)
-                except ChangedError:
-                    self._lost = True
-            if self._lost:
-                raise StorageError(
-                    f"{self._storage.url} is being written by another process, which took this one for dead; end one of them, and run "
-                    "the command again to resume"
-                )
+            self._write()
 
     def leave(self) -> None:
         """Hold it no more, but for one with the same label in this process."""
@@ -102,14 +108,50 @@ class Lease:
     def release(self) -> None:
         """Give it back."""
         self.leave()
-        with suppress(StorageError):  # others find out by themselves
+        self._facts["released"] = True
+        with suppress(StorageError, LeaseLostError):  # others find out by themselves
             self.confirm()
-            self._storage.remove(self._name)
 
     def _take(self, only_if: str, before: str) -> str:
+        asked = time.monotonic()
         self._version = self._storage.write(self._name, self._content(), only_if=only_if)
+        self._renewed = asked
+        with suppress(ChangedError):
+            self._storage.write(self._name, b"{}", only_if=ABSENT)
+            raise StorageError(
+                f"{self._storage.url}: this server replaces an object that it was told to leave (If-None-Match), so it cannot keep two "
+                "writers apart; keep the run in a folder, or on a server that knows conditional writes"
+            )
         self._thread.start()
         return before
+
+    def _write(self) -> None:
+        """Renew it, also where the answer to an earlier try was lost."""
+        while not self._lost:
+            asked = time.monotonic()
+            self._turn += 1
+            try:
+                self._version = self._storage.write(self._name, self._content(), only_if=self._version)
+                self._renewed = asked
+                return
+            except ChangedError:
+                found = self._found()
+                self._lost = found is None or found[1].get("holder") != self._facts["holder"]
+                if found is not None:
+                    self._version = found[0]
+        raise self._taken()
+
+    def _taken(self) -> LeaseLostError:
+        return LeaseLostError(
+            f"{self._storage.url} is being written by another process, which took this one for dead; let that one finish, or end it "
+            "and run the command again to resume"
+        )
+
+    def _is_free(self, holder: dict[str, Any]) -> bool:
+        if holder.get("holder") == self._facts["holder"]:  # the answer to our own write was lost
+            return True
+        left = holder.get("label") == self._facts["label"] != "" and _is_this_process(holder)
+        return left or _is_gone(holder) or holder.get("released") is True
 
     def _found(self) -> tuple[str, dict[str, Any]] | None:
         """Version and content; None if there is nothing any more. What cannot be read is of a holder about whom nothing is known."""
@@ -129,12 +171,9 @@ class Lease:
         return json.dumps(self._facts | {"turn": self._turn}).encode()
 
     def _renew(self) -> None:
-        while not self._ended.wait(self._seconds / 3):
-            try:
+        while not self._ended.wait(self._seconds / 3) and not self._lost:
+            with suppress(ImamlError):  # of storage: the next time, perhaps; of another holder: `check` tells
                 self.confirm()
-            except StorageError:  # of storage: the next time, perhaps; of another holder: `confirm` tells
-                if self._lost:
-                    return
 
 
 def _process() -> dict[str, Any]:
@@ -168,5 +207,16 @@ def _is_gone(holder: dict[str, Any]) -> bool:
     with suppress(OSError, ValueError, IndexError):
         pid = holder.get("pid")
         if type(pid) is int and holder.get("machine") == _machine():
-            return _born(pid) != holder.get("born")
+            return _born(pid) != holder.get("born") and not _is_hidden(pid)
+    return False
+
+
+def _is_hidden(pid: int) -> bool:
+    """Whether it is another user's, of whom this system tells nothing."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except ProcessLookupError:
+        return False
     return False

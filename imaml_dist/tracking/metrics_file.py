@@ -58,6 +58,15 @@ def read(path: Path) -> list[Record]:
     return list(_records(path.read_bytes(), path)) if path.is_file() else []
 
 
+def last(path: Path) -> Record | None:
+    """The line of the last meta-step on record; None if there is none.
+
+    Raises:
+        InputError: see `read`.
+    """
+    return max(read(path), key=lambda record: int(record["step"]), default=None)
+
+
 def reached(path: Path) -> int:
     """Meta-steps up to the last on record.
 
@@ -74,7 +83,11 @@ def rewind(path: Path, step: int) -> None:
 
 
 class Follower:
-    """Reads the lines of a growing file as they come; every step at most once, also when the file is rewound."""
+    """Reads the lines of a growing file as they come; every step at most once, also when the file is rewound.
+
+    A step that is done again after a rewind is not read again: whoever follows may be unable to take back what it was told
+    (MLflow is), and the step's numbers are the same bits but for its times.
+    """
 
     def __init__(self, path: Path, after_step: int = -1) -> None:
         self._path = path

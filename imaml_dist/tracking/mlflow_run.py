@@ -1,25 +1,23 @@
 """One MLflow run, fed from `metrics.jsonl` by a thread: a slow or absent server never delays a meta-step.
 
 The metrics file is the spool. What has been acknowledged is remembered in `mlflow.json` beside it, so a resumed run
-goes on in the same MLflow run, and `imaml mlflow-sync` sends what is left.
+goes on in the same MLflow run, and `imaml mlflow-sync` sends what is left. A point has the time of its meta-step, whenever it is
+sent: one that a server took without being heard is sent again, and is the same point to MLflow, which keeps one of them.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import threading
-import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from imaml_dist.errors import TrackingError
-from imaml_dist.storage.local import atomic_write, without_secrets
+from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.metrics_file import Follower, Record
+from imaml_dist.tracking.mlflow_link import MlflowLink, RunFacts, cleaned
+
+if TYPE_CHECKING:
+    from imaml_dist.tracking.mlflow_model import ModelFacts
 
 NAMES = {
     "meta_loss": "meta/loss",
@@ -40,73 +38,53 @@ NAMES = {
     "tasks_per_second": "tasks_per_second",
     "world_size": "world_size",
 }
-"""Names in MLflow. Others: `seconds_x` -> `time/x`, `algorithm_x` -> `algorithm/x`, all else -> `outcome/...`."""
+"""Names in MLflow. Others: `seconds_x` -> `time/x`, `algorithm_x` -> `algorithm/x`, `system/x` as it is, all else -> `outcome/...`."""
 
 _BATCH = 1000
-_NOT_IN_NAMES = re.compile(r"[^\w./ :-]")
 _POLL_S, _LONGEST_WAIT_S = 2.0, 8.0
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a run tells MLflow about itself, once.
-
-    Attributes:
-        experiment: name of the MLflow experiment.
-        name: of the run.
-        params: flattened configuration.
-        tags: git revision, versions, fingerprint and the like.
-        dataset: `{name, digest, source}`.
-        dataset_tags: for example way and shot.
-    """
-
-    experiment: str
-    name: str
-    params: Mapping[str, Any]
-    tags: Mapping[str, str]
-    dataset: Mapping[str, str]
-    dataset_tags: Mapping[str, str] = field(default_factory=dict)
-
-
-def default_uri(home: Path) -> str:
-    """`MLFLOW_TRACKING_URI`, or sqlite in `mlflow.db` in the folder of the runs."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(home / 'mlflow.db').as_posix()}"
-
-
 class MlflowRun:
-    """The link between a run directory and its MLflow run.
+    """What a run directory tells its MLflow run.
 
     Args:
         run: run directory, in which this process works.
         metrics: its `metrics.jsonl`.
-        facts: sent when the MLflow run is created.
+        facts: sent when the MLflow run is created, and what may have changed when it is gone on with.
         url: what people know the run directory by, if that is another name.
-        home: the folder that has this and other runs, if it is not the one around it.
+        home: the folder that has this and other runs, if it is another one than that of `mlflow_link.home_of`.
+
+    Attributes:
+        trouble: why nothing can be sent for now; None while all is well.
+        registered: what became of the model that `close` was given; empty where none was.
     """
 
     def __init__(
         self, run: Path, metrics: Path, facts: RunFacts, url: str | None = None, home: Path | None = None
     ) -> None:
-        self._run, self._facts, self._url = run, facts, url or str(run)
-        self._home = home or run.resolve().parent
-        self._uri = default_uri(self._home)
-        self._state_file = run / "mlflow.json"
-        self._state: dict[str, Any] = self._load_state()
-        self._follower = Follower(metrics, after_step=self._state["last_step"])
+        self._metrics, self._facts, self._url = metrics, facts, url or str(run)
+        self._link = MlflowLink(run, home)
+        self._follower = Follower(metrics, after_step=self._link.recall("last_step"))
         self._pending: list[Record] = []
-        self._client: Any = None
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self.trouble: str | None = None
+        self.registered = ""
 
     @property
     def identity(self) -> dict[str, str] | None:
         """`{uri, run_id}` for people to find the run by; None while it does not exist."""
-        run_id = self._state["run_id"]
-        return {"uri": without_secrets(self._uri), "run_id": run_id} if run_id else None
+        return self._link.identity
+
+    @property
+    def intended(self) -> str | None:
+        """The status that `close` was last called with, whether or not MLflow heard of it; None while the run goes on."""
+        status: str | None = self._link.recall("status")
+        return status
 
     def start(self) -> None:
         """Begin to send in the background."""
+        self._link.remember(status=None)
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -117,42 +95,45 @@ class MlflowRun:
         results: Mapping[str, float] | None = None,
         tags: Mapping[str, str] | None = None,
         timeout: float = 20.0,
+        figures: Sequence[Path] = (),
+        model: ModelFacts | None = None,
     ) -> None:
         """Send the rest, the results of the run, its artifacts and its final status (FINISHED, FAILED, KILLED).
+
+        Args:
+            status: of the run.
+            artifacts: files; those that do not exist are left out.
+            results: metrics of the run as a whole, as of its last meta-step.
+            tags: added to those of the run.
+            timeout: seconds to go on trying.
+            figures: pictures, kept under `figures`.
+            model: to be registered.
 
         Raises:
             TrackingError: the server did not take everything within `timeout` seconds; nothing is lost.
         """
+        again = f"send the rest with `imaml mlflow-sync {self._url}` when the server is back"
         self._closing.set()
-        deadline = time.monotonic() + timeout
+        self._link.remember(status=status)
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
-                raise self._unsent()
-        while True:
-            try:
-                self._send()
-                run_id = self._state["run_id"]
-                for key, value in (results or {}).items():
-                    self._client.log_metric(run_id, key, value)
-                for key, text in (tags or {}).items():
-                    self._client.set_tag(run_id, key, text)
-                for artifact in artifacts:
-                    if artifact.is_file():
-                        self._client.log_artifact(run_id, str(artifact))
-                self._client.set_terminated(run_id, status=status)
-                return
-            except Exception as error:  # whatever the client's transport and store raise
-                self.trouble = self._explain(error)
-                if time.monotonic() > deadline:
-                    raise self._unsent() from None  # the client's own error quotes the address with its password
-                time.sleep(1.0)
+                raise self._link.unsent(self.trouble or "no answer in time", again)
 
-    def _unsent(self) -> TrackingError:
-        return TrackingError(
-            f"MLflow at {without_secrets(self._uri)} did not take everything ({self.trouble or 'no answer in time'}); nothing is lost, "
-            f"send the rest with `imaml mlflow-sync {self._url}` when the server is back"
-        )
+        def send_all() -> None:
+            self._send()
+            self._send_results(results or {})
+            for key, text in (tags or {}).items():
+                self._link.client.set_tag(self._link.run_id, key, text)
+            self._link.upload(artifacts)
+            self._link.upload(figures, "figures")
+            if model is not None:
+                from imaml_dist.tracking.mlflow_model import register
+
+                self.registered = register(self._link, model)
+            self._link.client.set_terminated(self._link.run_id, status=status)
+
+        self._link.insist(send_all, timeout, again)
 
     def _loop(self) -> None:
         wait = _POLL_S
@@ -161,24 +142,13 @@ class MlflowRun:
                 self._send()
                 self.trouble, wait = None, _POLL_S
             except Exception as error:  # tracking must never stop training; `close` reports what is left
-                self.trouble, wait = self._explain(error), min(2 * wait, _LONGEST_WAIT_S)
-
-    def _explain(self, error: Exception) -> str:
-        """The client's error without user name and password."""
-        secret = urlsplit(self._uri).netloc.rpartition("@")[0]
-        text = f"{type(error).__name__}: {error}"
-        return text.replace(f"{secret}@", "") if secret else text
+                self.trouble, wait = self._link.explained(error), min(2 * wait, _LONGEST_WAIT_S)
 
     def _send(self) -> None:
         """Send what is new; raises whatever the client raises, and then the same records are sent again."""
-        if self._client is None:
-            self._client = self._connect()
-            if self._state["run_id"]:
-                self._client.update_run(self._state["run_id"], status="RUNNING")
-        if not self._state["run_id"]:
-            self._create()
-        if not self._state["described"]:
-            self._describe()
+        if self.trouble is not None:
+            self._link.knock()  # a batch that nobody takes costs a meta-step of this process ten times as much
+        self._link.open(self._facts)
         self._pending += self._follower.poll()
         while self._pending:
             records: list[Record] = []
@@ -188,66 +158,19 @@ class MlflowRun:
                 if records and count > _BATCH:
                     break
                 records.append(record)
-            self._client.log_batch(self._state["run_id"], metrics=[m for r in records for m in _metrics(r)])
+            self._link.client.log_batch(self._link.run_id, metrics=[m for r in records for m in _metrics(r)])
             self._pending = self._pending[len(records) :]
-            self._save_state(last_step=records[-1]["step"])
+            self._link.remember(last_step=records[-1]["step"])
 
-    def _connect(self) -> Any:
-        # Few quick tries here: the loop above is the retry, and it must notice quickly that a run ends.
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "5")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
-        import logging
+    def _send_results(self, results: Mapping[str, float]) -> None:
+        """As of the last meta-step, so that results that are sent twice stand there once."""
+        from mlflow.entities import Metric
 
-        import mlflow
-
-        logging.getLogger("mlflow").setLevel(logging.ERROR)
-        logging.getLogger("alembic").setLevel(logging.ERROR)
-        return mlflow.MlflowClient(tracking_uri=self._uri)
-
-    def _create(self) -> None:
-        experiment = self._client.get_experiment_by_name(self._facts.experiment)
-        if experiment is None:
-            location = None
-            if self._uri.startswith("sqlite:"):
-                location = (self._home / "mlartifacts" / self._facts.experiment).as_uri()
-            experiment_id = self._client.create_experiment(self._facts.experiment, artifact_location=location)
-        else:
-            experiment_id = experiment.experiment_id
-        created = self._client.create_run(experiment_id, run_name=self._facts.name, tags=dict(self._facts.tags))
-        self._save_state(run_id=created.info.run_id)  # at once: whatever fails next must not create another run
-
-    def _describe(self) -> None:
-        """Send parameters and data set; may be repeated."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag, Param, RunTag
-
-        run_id = self._state["run_id"]
-        params = [Param(_NOT_IN_NAMES.sub("_", key), str(value)[:6000]) for key, value in self._facts.params.items()]
-        for begin in range(0, len(params), 100):
-            self._client.log_batch(run_id, params=params[begin : begin + 100])
-        data = self._facts.dataset
-        source = json.dumps({"uri": data["source"]})
-        kind = "s3" if data["source"].startswith("s3://") else "local"
-        entity = Dataset(name=data["name"], digest=data["digest"][:36], source_type=kind, source=source)
-        tags = [
-            InputTag("mlflow.data.context", "meta-train"),
-            *(InputTag(k, v) for k, v in self._facts.dataset_tags.items()),
-        ]
-        self._client.log_inputs(run_id, [DatasetInput(dataset=entity, tags=tags)])
-        self._client.log_batch(run_id, tags=[RunTag("dataset_fingerprint", data["digest"])])
-        self._save_state(described=True)
-
-    def _load_state(self) -> dict[str, Any]:
-        if self._state_file.is_file():
-            state: dict[str, Any] = json.loads(self._state_file.read_bytes())
-            if state["uri"] == without_secrets(self._uri):
-                return state
-        return {"uri": without_secrets(self._uri), "run_id": "", "described": False, "last_step": -1}
-
-    def _save_state(self, **changes: Any) -> None:
-        self._state |= changes
-        atomic_write(self._state_file, json.dumps(self._state).encode())
+        last = metrics_file.last(self._metrics)
+        step, timestamp = (int(last["step"]), int(last["time"] * 1000)) if last else (0, 0)
+        metrics = [Metric(key, float(value), timestamp, step) for key, value in results.items()]
+        if metrics:
+            self._link.client.log_batch(self._link.run_id, metrics=metrics)
 
 
 def _metrics(record: Record) -> list[Any]:
@@ -264,7 +187,9 @@ def _metrics(record: Record) -> list[Any]:
 def _name(key: str) -> str:
     if key in NAMES:
         return NAMES[key]
+    if key.startswith("system/"):
+        return cleaned(key)
     for prefix, group in (("seconds_", "time/"), ("algorithm_", "algorithm/")):
         if key.startswith(prefix):
-            return _NOT_IN_NAMES.sub("_", group + key.removeprefix(prefix))
-    return f"outcome/{key}"
+            return cleaned(group + key.removeprefix(prefix))
+    return cleaned(f"outcome/{key}")

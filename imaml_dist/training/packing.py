@@ -10,10 +10,16 @@ from torch import Tensor
 
 def pack(tensors: dict[str, Tensor], facts: dict[str, Any]) -> bytes:
     """Eight bytes of length, JSON of that length, safetensors."""
-    from safetensors.torch import save as serialise
-
     header, body = json.dumps(facts).encode(), serialise(tensors)
     return b"".join((len(header).to_bytes(8, "little"), header, body))
+
+
+def serialise(tensors: dict[str, Tensor]) -> bytes:
+    """The bytes of a safetensors file."""
+    from safetensors.torch import save
+
+    data: bytes = save(tensors)
+    return data
 
 
 def unpack(data: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:

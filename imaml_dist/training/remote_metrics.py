@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,10 +60,11 @@ class MetricsWriter:
     Args:
         storage: of the run.
         file: `metrics.jsonl`, which may not exist yet.
+        confirm: raises if this process may not write any more; asked before anything is removed.
     """
 
-    def __init__(self, storage: Storage, file: Path) -> None:
-        self._storage, self._file = storage, file
+    def __init__(self, storage: Storage, file: Path, confirm: Callable[[], None] = lambda: None) -> None:
+        self._storage, self._file, self._confirm = storage, file, confirm
         self._inode = -1
         self._pieces: list[_Piece] | None = None
         """What surely is there; None if that must be found out."""
@@ -93,6 +95,10 @@ class MetricsWriter:
                 self._pieces = pieces
                 file.seek(_end(pieces))
 
+    def look_again(self) -> None:
+        """Have the next push find out what is there."""
+        self._pieces = None
+
     def _next(self, begin: int) -> _Piece:
         return _Piece(f"{FOLDER}/{begin:012d}-{secrets.token_hex(4)}.jsonl", begin, 0)
 
@@ -104,9 +110,11 @@ class MetricsWriter:
                 break
             kept.append(piece)
         names = {piece.name for piece in kept}
-        for name, _ in sorted(self._storage.names(f"{FOLDER}/"), reverse=True):
-            if name not in names:
-                self._storage.remove(name)
+        others = [name for name, _ in self._storage.names(f"{FOLDER}/") if name not in names]
+        if others:
+            self._confirm()
+        for name in sorted(others, reverse=True):
+            self._storage.remove(name)
         return kept
 
 
@@ -128,24 +136,34 @@ class MetricsReader:
 
         Raises:
             StorageError: storage fails; the next call goes on.
+            OSError: the file cannot be written; the next call writes it anew.
+        """
+        with suppress(MissingError, ChangedError):  # cut back just now: the next call finds out
+            self.pull_now()
+
+    def pull_now(self) -> None:
+        """As `pull`.
+
+        Raises:
+            MissingError, ChangedError: a writer cut it back meanwhile; nothing was done.
         """
         pieces = _pieces(self._storage)
         known = {piece.name: piece.size for piece in pieces}
         have: dict[str, int] = self._seen or {}
         afresh = self._seen is None or any(known.get(name, -1) < size for name, size in have.items())
         news, seen = [], {}
-        with suppress(MissingError, ChangedError):  # cut back just now: the next call finds out
-            for piece in pieces:
-                begin = 0 if afresh else have.get(piece.name, 0)
-                if begin < piece.size:
-                    news.append(self._storage.read(piece.name, begin, piece.size))
-                seen[piece.name] = piece.size
-            if afresh and (news or self._file.exists()):
-                atomic_write(self._file, b"".join(news))
-            elif news:
-                with open(self._file, "ab") as file:
-                    file.write(b"".join(news))
-            self._seen = seen
+        for piece in pieces:
+            begin = 0 if afresh else have.get(piece.name, 0)
+            if begin < piece.size:
+                news.append(self._storage.read(piece.name, begin, piece.size))
+            seen[piece.name] = piece.size
+        self._seen = None  # should this fail, who knows what is in the file
+        if afresh and (news or self._file.exists()):
+            atomic_write(self._file, b"".join(news))
+        elif news:
+            with open(self._file, "ab") as file:
+                file.write(b"".join(news))
+        self._seen = seen
 
 
 def _whole_lines(data: bytes) -> bytes:

@@ -13,6 +13,7 @@ RESUMABLE = (
     "run.steps",
     "run.max_seconds",
     "run.workers",
+    "run.gpus_per_worker",
     "run.backend",
     "run.checkpoint_every",
     "run.checkpoint_minutes",
@@ -33,7 +34,7 @@ RESUMABLE = (
 
 `run.steps` does under a schedule other than constant, and is refused then."""
 
-PLACES = ("data.url", "warm_start.path")
+PLACES = ("data.url", "warm_start.path", "validate.manifest")
 """Fields that a worker elsewhere has under other values; what lies there is compared by its content."""
 
 

@@ -6,7 +6,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from imaml_dist.config.load import load_config, to_yaml
 from imaml_dist.config.schema import ExperimentConfig
-from imaml_dist.errors import CheckpointError, InputError, StorageError
+from imaml_dist.errors import CheckpointError, InputError, OutsideError, StorageError
 from imaml_dist.storage.local import atomic_write, exclusive
 from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.metrics_file import finite
@@ -48,8 +48,7 @@ class RunDirectory:
         self.mlflow_file = path / "mlflow.json"
         self.ray_scratch = path / "ray"
         self.profile = path / "profile"
-        self._files = [file for file in vars(self).values() if isinstance(file, Path) and file.suffix]
-        self._files += [self.stop_file]
+        self._files = [file for name, file in vars(self).items() if name.endswith("_file")]
         self._folders = [self.checkpoints, self.ray_scratch, self.profile]
         self.profile_file = self.profile / "profile.json"
         self.driver_lock = path / ".driver.lock"
@@ -74,6 +73,13 @@ class RunDirectory:
         """Be the one command of the run; yields whether that is so."""
         self.path.mkdir(parents=True, exist_ok=True)
         return exclusive(self.driver_lock)
+
+    def confirm_driving(self) -> None:
+        """Make sure that this still is the one command of the run.
+
+        Raises:
+            LeaseLostError: another has taken over.
+        """
 
     def writing(self, wait: float) -> AbstractContextManager[bool]:
         """Be the one that writes metrics and checkpoints; yields whether that is so, after `wait` seconds at most."""
@@ -136,7 +142,9 @@ class RunDirectory:
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         for file in self._files:
-            file.unlink(missing_ok=True)
+            if file != self.config_file:
+                file.unlink(missing_ok=True)
+        self.config_file.unlink(missing_ok=True)  # last: what has none and is not empty is nobody's run
 
     def _forget(self, *files: Path) -> None:
         for file in files:
@@ -191,7 +199,8 @@ class RunDirectory:
         try:
             return json.loads(path.read_bytes())
         except (ValueError, RecursionError) as error:
-            raise InputError(f"{path} is not JSON ({error}); delete it and run the command again") from error
+            where = f"{self.url}/{path.relative_to(self.path)}"
+            raise InputError(f"{where} is not JSON ({error}); delete it and run the command again") from error
 
     def withdraw_stop(self) -> None:
         """Ask no more."""
@@ -219,6 +228,12 @@ class RunDirectory:
     def checkpoint_steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first; not verified."""
         return checkpoints.steps(self.checkpoints)
+
+    def newest_step(self) -> int | None:
+        """Of the newest finished checkpoint, for a message about something else: None, too, where that cannot be found out."""
+        with suppress(OSError, OutsideError):
+            return max(self.checkpoint_steps(), default=None)
+        return None
 
     def load_checkpoint(self, step: int) -> State:
         """Verify and read one; see `checkpoints.load`."""

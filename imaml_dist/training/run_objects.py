@@ -10,11 +10,11 @@ import hashlib
 import json
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from imaml_dist.errors import CheckpointError, MissingError
+from imaml_dist.errors import ChangedError, CheckpointError, InputError, MissingError
 from imaml_dist.storage.local import atomic_write
 from imaml_dist.storage.protocol import Storage
 from imaml_dist.training import checkpoints
@@ -54,14 +54,32 @@ class RunObjects:
         """Make files of the folder what the objects are; those that are not there are removed."""
         for file in files:
             name = file.relative_to(self.folder).as_posix()
-            try:
-                content = self.storage.read(name, 0, min(self.storage.stat(name).size, _SMALL))
-            except MissingError:
+            content = self._current(name)
+            if content is None:
                 file.unlink(missing_ok=True)
                 continue
             file.parent.mkdir(exist_ok=True)
             if not file.is_file() or file.read_bytes() != content:
                 atomic_write(file, content)
+
+    def _current(self, name: str) -> bytes | None:
+        """An object whole, also if it is replaced meanwhile; None if there is none."""
+        while True:
+            try:
+                found = self.storage.stat(name)
+                if found.size > _SMALL:
+                    raise InputError(
+                        f"{self.storage.url}/{name} is {found.size} bytes long, a run's own file has at most {_SMALL}; remove it"
+                    )
+                return self.storage.read(name, version=found.version)
+            except MissingError:
+                return None
+            except ChangedError:
+                continue
+
+    def has_pushed(self, file: Path) -> bool:
+        """Whether this process has."""
+        return file.relative_to(self.folder).as_posix() in self._pushed
 
     def remove(self, *files: Path) -> None:
         """Remove objects."""
@@ -80,13 +98,14 @@ class RunObjects:
 
     def entries(self) -> set[str]:
         """Names of files and folders at the top of the run."""
-        return {name.partition("/")[0] for name, _ in self.storage.names()}
+        tops = {name.partition("/")[0] for name, _ in self.storage.names()}
+        return tops - {""}  # some tools mark a prefix by an empty object of its name
 
-    def clear(self, entries: Iterable[str]) -> None:
-        """Remove everything that has one of these names, or lies below one; manifests first."""
+    def clear(self, entries: Iterable[str], last: str) -> None:
+        """Remove everything that has one of these names, or lies below one; manifests first, and one name last."""
         tops = set(entries)
         names = [name for name, _ in self.storage.names() if name.partition("/")[0] in tops]
-        for name in sorted(names, key=lambda name: not name.endswith(checkpoints.MANIFEST)):
+        for name in sorted(names, key=lambda name: (name == last, not name.endswith(checkpoints.MANIFEST))):
             self.storage.remove(name)
         self._pushed.clear()
 
@@ -116,10 +135,10 @@ class RunObjects:
         part.replace(final)
 
     def send(self, step: int) -> None:
-        """Copy a checkpoint of the folder, which verifies; one that is there already, and is the same, is left as it is."""
+        """Copy a checkpoint of the folder; one that is there already, and is the same, is left as it is."""
         folder = checkpoints.path_of(self.folder / "checkpoints", step)
         manifest = (folder / checkpoints.MANIFEST).read_bytes()
-        with suppress(MissingError):
+        with suppress(MissingError, CheckpointError):
             if self._read(step, checkpoints.MANIFEST, len(manifest)) == manifest:
                 return
         self.drop(step)
@@ -132,11 +151,11 @@ class RunObjects:
         for name in (checkpoints.MANIFEST, checkpoints.TENSORS, checkpoints.FACTS):
             self.storage.remove(self._name(step, name))
 
-    def prune(self, keep: Iterable[int]) -> None:
-        """Remove all checkpoints but these, and what is left of others."""
-        kept = set(keep)
-        found = {int(m[1]) for name, _ in self.storage.names("checkpoints/") if (m := _ANY.match(name))}
-        for step in found - kept:
+    def prune(self, keep: Callable[[list[int]], set[int]]) -> None:
+        """Remove all checkpoints but those that `keep` chooses of the finished ones, and what is left of others."""
+        names = [name for name, _ in self.storage.names("checkpoints/")]
+        kept = keep(sorted(int(m[1]) for name in names if (m := _MANIFEST.match(name))))
+        for step in {int(m[1]) for name in names if (m := _ANY.match(name))} - kept:
             self.drop(step)
 
     def _name(self, step: int, name: str) -> str:

@@ -13,6 +13,7 @@ from imaml_dist.errors import CheckpointError, brief
 from imaml_dist.training.ledger import Ledger
 from imaml_dist.training.meta_parameters import MetaParameters
 from imaml_dist.training.outer import set_rate
+from imaml_dist.training.schedule import ResidualCap
 
 
 @dataclass
@@ -33,6 +34,7 @@ class MetaState:
             was saved with another value of a field that it names too.
         updates: meta-steps that were applied; the others were skipped.
         skipped_in_a_row: meta-steps skipped since the last one that was applied.
+        cap: of the linear solver's iterations, where it adapts to residuals.
     """
 
     parameters: MetaParameters
@@ -44,6 +46,7 @@ class MetaState:
     seconds: float = 0.0
     updates: int = 0
     skipped_in_a_row: int = 0
+    cap: ResidualCap | None = None
 
     @property
     def step(self) -> int:
@@ -83,6 +86,7 @@ class MetaState:
             "seconds": self.seconds,
             "updates": self.updates,
             "skipped_in_a_row": self.skipped_in_a_row,
+            **({} if self.cap is None else {"cap": asdict(self.cap)}),
         }
 
     def restore(self, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
@@ -119,10 +123,25 @@ class MetaState:
             self.ledger, self.best = Ledger(**facts["ledger"]), Best(**facts["best"])
             self.seconds, self.updates = float(facts["seconds"]), int(facts["updates"])
             self.skipped_in_a_row = int(facts["skipped_in_a_row"])
+            self.cap = None if self.cap is None else ResidualCap.from_dict(facts["cap"])
         except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise CheckpointError(
                 f"the checkpoint is of another version ({brief(error)}); start over with --fresh"
             ) from error
+
+
+def updates_of(facts: Any) -> int:
+    """The number of applied meta-steps that the facts of a checkpoint tell.
+
+    Raises:
+        CheckpointError: they tell none.
+    """
+    try:
+        return int(facts["updates"])
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise CheckpointError(
+            f"the checkpoint is of another version ({brief(error)}); start over with --fresh"
+        ) from error
 
 
 def sha256_of(tensors: dict[str, Tensor]) -> str:

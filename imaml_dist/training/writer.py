@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from imaml_dist.errors import StorageError
+from imaml_dist.errors import MissingError, StorageError
 from imaml_dist.tracking import metrics_file
 from imaml_dist.training.run_directory import RunDirectory
 
@@ -116,7 +116,7 @@ class RunWriter:
             self._run.secure_metrics()
             self._run.save_checkpoint(one.step, one.tensors, one.facts)
             self._run.prune_checkpoints(self._keep, one.best)
-        except (OSError, StorageError) as error:
+        except (OSError, StorageError, MissingError) as error:  # a bucket may be missing for a moment, too
             self._failed(error)
             return False
         return True
@@ -131,7 +131,7 @@ class RunWriter:
             self._behind = True
             self._failed(error)
 
-    def _failed(self, error: OSError | StorageError) -> None:
+    def _failed(self, error: Exception) -> None:
         self.failures += 1
         self._reason = str(error)
 

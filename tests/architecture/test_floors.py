@@ -23,6 +23,7 @@ FLOORS = {
     "imaml_dist.training": 3,
     "imaml_dist.distributed": 4,
     "imaml_dist.reporting": 4,
+    "imaml_dist.sweeps": 4,
     "cluster": 5,
     "pipelines": 5,
 }
@@ -32,17 +33,19 @@ VENDOR_ROOMS = {
     "boto3": {"imaml_dist.storage"},
     "botocore": {"imaml_dist.storage"},
     "mlflow": {"imaml_dist.tracking"},
+    "psutil": {"imaml_dist.tracking"},
     "webdataset": {"imaml_dist.data"},
     "matplotlib": {"imaml_dist.reporting"},
     "jinja2": {"imaml_dist.reporting"},
     "ray": {"imaml_dist.distributed", "cluster"},
     "kubernetes": {"cluster"},
+    "optuna": {"imaml_dist.sweeps"},
     "pydantic": {"imaml_dist.config", "imaml_dist.distributed", "cluster"},  # fields that users write
     "yaml": {"imaml_dist.config", "cluster"},
     "safetensors": {"imaml_dist.training"},
     "PIL": {"imaml_dist.data"},
     "fontTools": {"imaml_dist.data"},
-    "numpy": {"imaml_dist.data", "imaml_dist.reporting", "pipelines"},
+    "numpy": {"imaml_dist.data", "imaml_dist.reporting", "imaml_dist.tracking", "pipelines"},
     "typer": {"pipelines"},
     "rich": {"pipelines"},
 }

@@ -3,7 +3,9 @@
 import json
 import os
 import signal
+import tempfile
 import time
+from pathlib import Path
 
 import psutil
 import pytest
@@ -56,8 +58,17 @@ def result(config):
     return summary, found
 
 
-def test_two_workers_give_the_bits_of_the_local_backend(config, gold, tmp_path):
-    with Command(*train(config), cwd=tmp_path) as command:
+@pytest.fixture
+def another_cluster():
+    """Where Ray notes which cluster was started last on a machine; nobody answers at this one's address."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # a short name: sockets lie below it
+        (Path(folder) / "ray").mkdir()
+        (Path(folder) / "ray" / "ray_current_cluster").write_text("127.0.0.1:1")
+        yield {"RAY_TMPDIR": folder}
+
+
+def test_two_workers_give_the_bits_of_the_local_backend(config, gold, tmp_path, another_cluster):
+    with Command(*train(config), cwd=tmp_path, **another_cluster) as command:
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 1, command)
         exposed = [pid for pid, ip in listening(command) if not ip.removeprefix("::ffff:").startswith("127.")]
         assert exposed == []

@@ -31,7 +31,7 @@ def starts(storage):
 def wait_until(fulfilled, command, timeout=120):
     deadline = time.monotonic() + timeout
     while not (found := fulfilled()):
-        assert command.process.poll() is None, command.wait()
+        assert command.process.poll() is None, f"{command.wait()}: {command.output}"
         assert time.monotonic() < deadline
         time.sleep(0.1)
     return found
@@ -70,4 +70,3 @@ def test_a_lost_rank_a_killed_driver_and_failing_storage(moto_bucket, data, tmp_
     assert again["step"] > 0
     assert seen_elsewhere(f"{url}/r", options) == (gold, list(range(STEPS)))
     assert json.loads(storage.read("summary.json"))["restarts"] == 2
-    assert not [name for name, _ in storage.names() if name.endswith(".lock")]

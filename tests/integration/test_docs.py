@@ -36,6 +36,9 @@ def workspace(tmp_path_factory):
     (folder / "pipelines" / "configs").mkdir(parents=True)
     for path in (ROOT / "pipelines" / "configs").glob("*.yaml"):
         config = yaml.safe_load(path.read_text())
+        if "space" in config:
+            (folder / "pipelines" / "configs" / path.name).write_text(yaml.safe_dump(two_trials(config)))
+            continue
         # The seconds are for commands that set their own number of steps.
         config["run"] |= {"steps": 2, "max_seconds": 3, "backend": "local", "tasks_per_step": 4}
         config["algorithm"]["inner"]["steps"] = 1
@@ -59,6 +62,15 @@ def workspace(tmp_path_factory):
                         f"{name}/Alphabet{c // 40:02d}/character{c % 40:02d}/{c:04d}_{d:02d}.png", buffer.getvalue()
                     )
     return folder
+
+
+def two_trials(sweep):
+    """A shipped sweep with two trials of two meta-steps."""
+    for field, space in sweep["space"].items():
+        if space["kind"] == "grid":
+            space["values"] = space["values"][: 1 if field == "algorithm.lam" else 2]
+    trials = {} if sweep["searcher"]["kind"] == "grid" else {"trials": 2}
+    return sweep | {"baseline": False, "budget": {"steps": 2, **trials}, "validation": {"tasks": 4}}
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
@@ -109,6 +121,25 @@ def test_the_documented_options_of_kubernetes_are_the_real_ones():
     (text,) = [t for language, t in BLOCK.findall((ROOT / "docs" / "kubernetes.md").read_text()) if language == "yaml"]
     documented, image = yaml.safe_load(text), {"image": "imaml:1"}
     assert documented == KubeOptions(**image).model_dump() | {"image": "required"}
+
+
+def test_the_documented_sweep_is_one():
+    from imaml_dist.config.load import parse_yaml
+    from imaml_dist.config.sweep import SweepConfig
+    from imaml_dist.sweeps.feasible import trials_of
+
+    (text,) = [
+        text for language, text in BLOCK.findall((ROOT / "docs" / "sweeps.md").read_text()) if language == "yaml"
+    ]
+    assert trials_of(SweepConfig.model_validate(parse_yaml(text, "sweeps.md")), "sweeps.md") == 16
+
+
+@pytest.mark.parametrize("name", ["sweep_lambda_cg.yaml", "sweep_solvers.yaml"])
+def test_the_shipped_sweeps_can_be_searched(name):
+    from imaml_dist.config.load_sweep import load_sweep
+    from imaml_dist.sweeps.feasible import check_feasible
+
+    assert check_feasible(load_sweep(ROOT / "pipelines" / "configs" / name))
 
 
 def test_every_relative_link_leads_somewhere():

@@ -1,19 +1,22 @@
 """MLflow runs against a real sqlite store and a real server that goes away and comes back."""
 
-import os
-import signal
-import subprocess
-import sys
+import json
+import socket
 import time
-import urllib.request
+from dataclasses import replace
 
 import pytest
-from helpers.gloo import free_port
+from helpers.command import Command, imaml, imaml_here, wait_for_step
+from helpers.fault_proxy import Fault, FaultProxy
+from helpers.mlflow_server import MlflowServer, points
+from helpers.runs import write_config
 
 from imaml_dist.errors import TrackingError
 from imaml_dist.storage.local import without_secrets
 from imaml_dist.tracking import metrics_file
-from imaml_dist.tracking.mlflow_run import MlflowRun, RunFacts
+from imaml_dist.tracking.mlflow_link import RunFacts, default_uri, home_of
+from imaml_dist.tracking.mlflow_parent import MlflowParent
+from imaml_dist.tracking.mlflow_run import MlflowRun
 
 FACTS = RunFacts(
     experiment="problem",
@@ -35,6 +38,7 @@ def record(step):
         "accepted": 16,
         "updates": step + 1,
         "algorithm_rates.0.weight[é]_median": 0.1,
+        "system/node-1/cpu_utilization_percentage": 50.0,
     }
 
 
@@ -80,6 +84,8 @@ def test_sqlite_beside_the_run_holds_everything_a_user_looks_for(run):
     assert len(history(client, run_id, "time/inner")) == 300
     assert len(history(client, run_id, "outcome/accepted")) == 300
     assert len(history(client, run_id, "meta/updates")) == 300
+    assert len(history(client, run_id, "system/node-1/cpu_utilization_percentage")) == 300
+    assert history(client, run_id, "test/accuracy") == [(299, 0.9)]
     (learned,) = [key for key in found.data.metrics if key.startswith("algorithm/")]
     assert learned.startswith("algorithm/rates.0.weight_") and learned.endswith("_median")
     assert found.inputs.dataset_inputs[0].dataset.name == "blobs"
@@ -104,80 +110,164 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_every_step_once(run):
     assert client.get_run(second.identity["run_id"]).info.status == "FINISHED"
 
 
-class Server:
-    """A real `mlflow server` on the loopback address."""
-
-    def __init__(self, folder, port):
-        self.uri = f"http://127.0.0.1:{port}"
-        command = [
-            sys.executable,
-            "-m",
-            "mlflow",
-            "server",
-            "--host",
-            "127.0.0.1",
-            "--port",
-            str(port),
-            "--workers",
-            "1",
-        ]
-        command += [
-            "--backend-store-uri",
-            f"sqlite:///{folder / 'server.db'}",
-            "--artifacts-destination",
-            str(folder / "artifacts"),
-        ]
-        environment = {**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"}
-        self.process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            start_new_session=True,
-        )
-        deadline = time.monotonic() + 90
-        while True:
-            try:
-                with urllib.request.urlopen(f"{self.uri}/health", timeout=2):
-                    return
-            except OSError:
-                assert self.process.poll() is None and time.monotonic() < deadline, "mlflow server does not start"
-                time.sleep(0.2)
-
-    def kill(self):
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    with MlflowServer(tmp_path_factory.mktemp("mlflow")) as running:
+        yield running
 
 
-def test_a_server_that_goes_away_loses_nothing_and_delays_nobody(run, tmp_path, monkeypatch):
+def test_answers_that_are_lost_double_nothing(run, server, monkeypatch):
     import mlflow
 
-    port = free_port()
-    server = Server(tmp_path, port)
-    try:
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
-        metrics = run / "metrics.jsonl"
-        tracker = MlflowRun(run, metrics, FACTS)
-        tracker.start()
-        write(metrics, range(20))
-        client = mlflow.MlflowClient(tracking_uri=server.uri)
-        deadline = time.monotonic() + 60
-        while tracker.identity is None or len(history(client, tracker.identity["run_id"], "meta/loss")) < 20:
-            assert time.monotonic() < deadline, tracker.trouble
-            time.sleep(0.2)
-        server.kill()
-        write(metrics, range(20, 50))
-        with pytest.raises(TrackingError, match=r"nothing is lost.*imaml mlflow-sync"):
-            tracker.close("FINISHED", timeout=3)
+    write(run / "metrics.jsonl", range(200))
+    with FaultProxy(server.uri, Fault("lose", on="POST", every=2, times=6)) as proxy:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", proxy.url)
+        tracker = MlflowRun(run, run / "metrics.jsonl", replace(FACTS, experiment="lost"))
+        tracker.close("FINISHED", results={"test/accuracy": 0.9}, timeout=60)
+        assert proxy.counts["lose"] == 6
+    client = mlflow.MlflowClient(tracking_uri=server.uri)
+    experiment = client.get_experiment_by_name("lost").experiment_id
+    (found,) = client.search_runs([experiment])
+    assert found.info.run_id == tracker.identity["run_id"]
+    for key in ("meta/loss", "time/inner", "meta/updates"):
+        assert [s for s, _ in points(server.uri, found.info.run_id, key)] == list(range(200)), key
+    assert points(server.uri, found.info.run_id, "test/accuracy") == [(199, 0.9)]
 
-        server = Server(tmp_path, port)
-        again = MlflowRun(run, metrics, FACTS)
-        again.close("FINISHED")
-        assert again.identity == tracker.identity
-        assert [s for s, _ in history(client, again.identity["run_id"], "meta/loss")] == list(range(50))
-    finally:
+
+def test_children_know_their_parent_also_those_that_began_without_it(run, server, monkeypatch):
+    import mlflow
+
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    sweep = run.parent / "sweep"
+    children = [sweep / "trials" / name for name in ("early", "late", "never-sent")]
+    for child in children:
+        child.mkdir(parents=True)
+    facts = RunFacts("sweeps", "sweep", {"searcher": "random"}, {"kind": "sweep"})
+    orphan = MlflowRun(children[0], children[0] / "metrics.jsonl", replace(FACTS, experiment="sweeps"))
+    orphan.close("KILLED")
+    parent = MlflowParent(sweep, facts)
+    assert parent.run_id is None
+    parent_id = parent.begin()
+    child = replace(FACTS, experiment="sweeps", parent=parent_id)
+    write(children[1] / "metrics.jsonl", range(3))
+    MlflowRun(children[1], children[1] / "metrics.jsonl", child).close("FINISHED")
+    (sweep / "sweep.json").write_text("{}")
+    for _ in range(2):  # as when the same command is run again
+        parent = MlflowParent(sweep, facts)
+        assert parent.begin() == parent_id
+        parent.close("FINISHED", children, {"best": 0.9}, {"best_trial": "late"}, [sweep / "sweep.json"])
+
+    client = mlflow.MlflowClient(tracking_uri=server.uri)
+    experiment = client.get_experiment_by_name("sweeps").experiment_id
+    found = {r.info.run_id: r for r in client.search_runs([experiment])}
+    assert len(found) == 3
+    top = found.pop(parent_id)
+    assert (top.info.status, top.data.params["searcher"], top.data.tags["best_trial"]) == ("FINISHED", "random", "late")
+    assert points(server.uri, parent_id, "best") == [(0, 0.9)]
+    assert {r.data.tags["mlflow.parentRunId"] for r in found.values()} == {parent_id}
+    assert sorted(r.info.status for r in found.values()) == ["FINISHED", "KILLED"]
+
+
+def test_runs_within_another_go_to_its_store(run):
+    sweep = run.parent / "sweep"
+    (sweep / "trials" / "one").mkdir(parents=True)
+    assert home_of(sweep / "trials" / "one") == sweep.resolve() / "trials"
+    MlflowParent(sweep, RunFacts("sweeps", "sweep", {}, {}))
+    assert home_of(sweep / "trials" / "one") == home_of(sweep) == run.parent.resolve()
+    assert default_uri(home_of(sweep)) == f"sqlite:///{run.parent.resolve()}/mlflow.db"
+
+
+def test_what_a_resumed_run_changed_becomes_tags(run):
+    import mlflow
+
+    MlflowRun(run, run / "metrics.jsonl", FACTS).close("KILLED")
+    later = replace(FACTS, params={**FACTS.params, "algorithm.lam": 0.2}, tags={"git_commit": "def"})
+    second = MlflowRun(run, run / "metrics.jsonl", later)
+    second.close("FINISHED")
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent / 'mlflow.db'}")
+    found = client.get_run(second.identity["run_id"]).data
+    assert found.params["algorithm.lam"] == "0.1"
+    assert (found.tags["now.algorithm.lam"], found.tags["git_commit"]) == ("0.2", "def")
+
+
+@pytest.mark.slow  # a whole run without its server, below, is one of make test
+def test_a_server_that_goes_away_loses_nothing_and_delays_nobody(run, server, monkeypatch):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
+    metrics = run / "metrics.jsonl"
+    tracker = MlflowRun(run, metrics, FACTS)
+    tracker.start()
+    write(metrics, range(20))
+    wait_until(lambda: known(run) and len(points(server.uri, known(run), "meta/loss")) == 20)
+    server.kill()
+    write(metrics, range(20, 50))
+    with pytest.raises(TrackingError, match=r"nothing is lost.*imaml mlflow-sync"):
+        tracker.close("FAILED", timeout=2)
+
+    server.start()
+    again = MlflowRun(run, metrics, FACTS)
+    assert again.intended == "FAILED"
+    again.close("FAILED")
+    assert again.identity == tracker.identity
+    assert [s for s, _ in points(server.uri, again.identity["run_id"], "meta/loss")] == list(range(50))
+
+
+def test_a_run_outlives_its_server_and_then_itself(server, data, tmp_path):
+    """Killed without its server, settled by hand, resumed from an older step: every metric of every step once, and the right end."""
+    import mlflow
+
+    write_config(tmp_path / "tiny.yaml", data, checkpoint_every=40)
+    run, client = tmp_path / "run", mlflow.MlflowClient(tracking_uri=server.uri)
+    words = ("train", "tiny.yaml", "--run-dir", "run", "--set", "tracking={experiment: outlived, system_every: 0.1}")
+    with Command(*words, "--set", "run.steps=100000", cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri) as command:
+        wait_for_step(run / "metrics.jsonl", 3, command)
+        wait_until(lambda: known(run) and points(server.uri, known(run), "meta/loss"))
+        run_id = known(run)
+        assert imaml_here("mlflow-sync", str(run), cwd=tmp_path)[0] == 2  # it is being trained
         server.kill()
+        wait_for_step(run / "metrics.jsonl", steps_of(run) + 50, command)
+        command.kill()
+    server.start()
+    assert client.get_run(run_id).info.status == "RUNNING"
+    code, output = imaml("mlflow-sync", "run", cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    assert code == 0 and "KILLED" in output, output
+    assert client.get_run(run_id).info.status == "KILLED"
+    reached = steps_of(run)
+    assert [s for s, _ in points(server.uri, run_id, "meta/loss")] == list(range(reached))
+
+    more = ("--set", f"run.steps={reached + 5}")
+    code, output = imaml(*words, *more, cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri)
+    assert code == 0 and "did not take everything" not in output, output
+    first, second = (json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines())
+    assert first["step"] == 0 < second["step"] < reached  # some steps were done twice
+    found = client.get_run(run_id)
+    assert (found.info.status, found.data.tags["resume_count"]) == ("FINISHED", "1")
+    records = metrics_file.read(run / "metrics.jsonl")
+    assert len(records) == reached + 5
+    for name, key in (("meta/loss", "meta_loss"), ("cg/residual", "cg_residual"), ("val/accuracy", "val_accuracy")):
+        expected = [(r["step"], r[key]) for r in records if r.get(key) is not None]
+        assert points(server.uri, run_id, name) == expected, name
+    for name in ("time/step", "outcome/accepted", "tasks_per_second"):
+        assert [s for s, _ in points(server.uri, run_id, name)] == list(range(reached + 5)), name
+    (busy,) = [key for key in found.data.metrics if key.endswith("/cpu_utilization_percentage")]
+    assert busy == f"system/{socket.gethostname()}/cpu_utilization_percentage"
+    assert 0 <= found.data.metrics[busy] <= 100
+
+
+def known(run):
+    """The id of a run's MLflow run; empty while there is none."""
+    file = run / "mlflow.json"
+    return json.loads(file.read_text())["run_id"] if file.is_file() else ""
+
+
+def steps_of(run):
+    return metrics_file.reached(run / "metrics.jsonl")
+
+
+def wait_until(holds, timeout=120):
+    deadline = time.monotonic() + timeout
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
 
 
 def test_passwords_in_the_address_are_not_written_down(run, monkeypatch):

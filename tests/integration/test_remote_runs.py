@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 
 import pytest
@@ -17,7 +18,8 @@ from imaml_dist.config.load import build_config
 from imaml_dist.distributed.build import resolve
 from imaml_dist.distributed.group import Alone, ProcessGroup
 from imaml_dist.distributed.worker import Worker
-from imaml_dist.errors import CheckpointError, ConfigError, InputError, StorageError
+from imaml_dist.errors import CheckpointError, ConfigError, InputError, LeaseLostError, StorageError
+from imaml_dist.storage.lease import Lease
 from imaml_dist.storage.opening import open_storage
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tracking import metrics_file
@@ -48,7 +50,7 @@ def test_the_bits_are_those_of_a_folder(bucket, data, gold, tmp_path):
     run = train(tiny(data), f"{url}/runs/a", options)
     assert seen_elsewhere(f"{url}/runs/a", options) == (gold, list(range(6)))
     left = {name for name, _ in open_storage(f"{url}/runs/a", options).names()}
-    assert not any(name.endswith(".lock") or "stop" in name for name in left), "leases are given back"
+    assert "stop" not in left
     assert run.checkpoint_steps() == [3, 4, 6], "the newest three; step 3 was the best by validation"
     assert train(tiny(data, steps=8), f"{url}/runs/a", options).starts()[-1]["step"] == 6, "it goes on"
 
@@ -139,10 +141,29 @@ def test_storage_that_stays_away_ends_the_run_with_what_to_do(moto_bucket, data)
     run._objects.storage.write = write
     with run.driving():
         run.begin(config)
-        with pytest.raises(StorageError, match=f"{url} cannot be written .away.; free space and run the same"):
+        with pytest.raises(StorageError, match=f"{url} cannot be written .away.; mend that and run the same"):
             Worker(config, run, Alone()).run_to_end()
     train(config, url, options)
     assert seen_elsewhere(url, options)[1] == list(range(6))
+
+
+def write_on(run, storage):
+    """Whatever a process still does that does not know yet."""
+    with run.writing(0.0) as held:
+        assert held
+        storage.write(run.writer_lock.name, b"{}")  # what another holder would do
+        metrics_file.append(run.metrics_file, {"step": 1})
+        for write in (
+            lambda: run.save_checkpoint(1, {}, {"ledger": {"steps": 1}}),
+            run.secure_metrics,
+            lambda: run.record_start({}),
+        ):
+            with pytest.raises(LeaseLostError, match="took this one for dead"):
+                write()
+        time.sleep(2.5)  # a thread brings metrics every second
+        pieces = [storage.read(name) for name, _ in storage.names("metrics/")]
+        assert pieces == [b'{"step": 0, "of": "the other"}\n']
+        assert run.checkpoint_steps() == []
 
 
 def test_one_that_was_taken_for_dead_writes_nothing_more(moto_bucket, data):
@@ -150,13 +171,67 @@ def test_one_that_was_taken_for_dead_writes_nothing_more(moto_bucket, data):
     config = tiny(data, "evaluate.tasks=0")
     run = open_run(url, options)
     run.begin(config)
-    with run.writing(0.0) as held:
-        assert held
-        open_storage(url, options).write(run.writer_lock.name, b"{}")  # what another holder would do
-        with pytest.raises(StorageError, match="took this one for dead"):
-            run.save_checkpoint(1, {}, {"ledger": {"steps": 1}})
-        assert run.checkpoint_steps() == []
-    assert open_storage(url, options).read(run.writer_lock.name) == b"{}", "and leaves the lock to its holder"
+    storage = open_storage(url, options)
+    storage.write("metrics/000000000000-0123abcd.jsonl", b'{"step": 0, "of": "the other"}\n')
+    with pytest.raises(LeaseLostError):
+        write_on(run, storage)
+    assert storage.read(run.writer_lock.name) == b"{}", "and leaves the lock to its holder"
+
+
+def test_training_ends_when_another_process_writes_the_run(moto_bucket, data):
+    url, options = moto_bucket
+    config, run = tiny(data, "evaluate.tasks=0", steps=10**6), open_run(url, options)
+    run.begin(config)
+    threading.Timer(3.0, lambda: open_storage(url, options).write(run.writer_lock.name, b"{}")).start()
+    with pytest.raises(LeaseLostError, match="let that one finish"):
+        Worker(config, run, Alone()).run_to_end()
+
+
+def test_a_process_that_is_killed_while_it_begins_leaves_what_is_in_storage(moto_bucket, data, gold):
+    """Its folder is that of the next one, and holds only a part."""
+    url, options = moto_bucket
+    train(tiny(data, steps=4), url, options)
+    run = open_run(url, options)
+    real = run._objects.pull
+
+    def killed(*files):
+        raise KeyboardInterrupt
+
+    run._objects.pull = killed
+    lease_left = Lease.release
+    Lease.release = Lease.leave  # a killed process gives nothing back
+    try:
+        with pytest.raises(KeyboardInterrupt), run.writing(0.0):
+            pass
+    finally:
+        Lease.release = lease_left
+    run._objects.pull = real
+    run.metrics_file.unlink()
+    run.begin(tiny(data))
+    Worker(tiny(data), run, Alone()).run_to_end()
+    assert seen_elsewhere(url, options)[1] == list(range(6))
+
+
+@pytest.mark.parametrize("away", range(1, 6))
+def test_fresh_that_is_broken_off_can_be_given_again(moto_bucket, data, away):
+    url, options = moto_bucket
+    train(tiny(data, "evaluate.tasks=0", steps=2), url, options)
+    run = open_run(url, options)
+    real, left = run._objects.storage.remove, [away]
+
+    def remove(name):
+        left[0] -= 1
+        if left[0] == 0:
+            raise StorageError("away")
+        real(name)
+
+    run._objects.storage.remove = remove
+    with pytest.raises(StorageError, match="away"):
+        run.begin(tiny(data, "outer.lr=0.5"), fresh=True)
+    again = open_run(url, options)
+    again.check_usable()
+    again.begin(tiny(data, "outer.lr=0.5"), fresh=True)
+    assert again.checkpoint_steps() == []
 
 
 def in_a_group(raw, url, options, folder):

@@ -2,23 +2,10 @@
 
 import pytest
 
-from cluster.resources import Needs, misfit, quantity, room
+from cluster.resources import Needs, misfit, quantity
 from imaml_dist.errors import ConfigError
 
 GIB = 2.0**30
-
-
-@pytest.mark.parametrize(
-    ("nodes", "worker", "fit"),
-    [
-        ([{"CPU": 4.0}], {"CPU": 3.0}, 1),
-        ([{"CPU": 3.0}, {"CPU": 3.0}], {"CPU": 2.0}, 2),
-        ([{"CPU": 16.0, "GPU": 2.0}], {"CPU": 1.0, "GPU": 0.4}, 4),
-        ([{"CPU": 8.0, "memory": 4 * GIB}], {"CPU": 1.0, "memory": 3 * GIB}, 1),
-    ],
-)
-def test_room_is_counted_in_whole_workers(nodes, worker, fit):
-    assert room(nodes, worker) == fit
 
 
 def test_what_fits_is_not_talked_about():

@@ -12,11 +12,12 @@ import pytest
 from conftest import SERVERS, new_bucket
 from helpers.fault_proxy import Fault, FaultProxy
 
-from imaml_dist.errors import MissingBucketError, StorageError
+from imaml_dist.errors import LeaseLostError, MissingBucketError, StorageError
 from imaml_dist.storage import lease as module
 from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.lease import Lease
 from imaml_dist.storage.opening import open_storage
+from imaml_dist.storage.protocol import ABSENT
 
 NAME = ".writer.lock"
 
@@ -40,8 +41,7 @@ def test_a_second_one_is_refused_until_the_first_gives_it_back(storage):
     assert lease(storage).acquire() is None
     first.confirm()
     first.release()
-    assert list(storage.names()) == []
-    second = lease(storage)
+    second = lease(storage, seconds=3600.0)
     assert second.acquire() == "", "nobody was lost"
     second.release()
 
@@ -71,8 +71,9 @@ def test_one_that_is_not_renewed_is_taken_and_its_holder_finds_out(storage, monk
     first.acquire()
     second = lease(storage)
     assert second.acquire() == "first"
-    with pytest.raises(StorageError, match="is being written by another process, which took this one for dead"):
-        first.confirm()
+    for ask in (first.confirm, first.check):
+        with pytest.raises(LeaseLostError, match="is being written by another process, which took this one for dead"):
+            ask()
     first.release()
     second.confirm()
     second.release()
@@ -98,7 +99,7 @@ def test_one_that_was_left_is_for_the_same_label_in_the_same_process(storage):
     first.leave()
     again = lease(storage, "mine", seconds=3600.0)
     assert again.acquire() == "mine"
-    with pytest.raises(StorageError):
+    with pytest.raises(LeaseLostError):
         first.confirm()
     again.release()
 
@@ -122,6 +123,69 @@ def test_answers_that_are_lost_do_not_lose_it(moto_bucket):
             mine.confirm()
         assert proxy.counts["lose"] >= 2
         mine.release()
+
+
+class Losing(Folder):
+    """Carries out what is asked, and then fails."""
+
+    def __init__(self, path, fail):
+        super().__init__(path)
+        self.fail = fail
+
+    def write(self, name, content, *, only_if=None):
+        version = super().write(name, content, only_if=only_if)
+        if self.fail(only_if):
+            raise StorageError("no answer")
+        return version
+
+
+def test_an_answer_that_is_lost_before_storage_goes_away_does_not_lose_it(tmp_path):
+    failing = []
+    mine = lease(Losing(tmp_path, lambda only_if: failing and failing.pop()), seconds=3600.0)
+    mine.acquire()
+    failing.append(True)
+    with pytest.raises(StorageError, match="no answer"):
+        mine.confirm()
+    mine.confirm()
+    mine.release()
+
+
+def test_nor_does_one_that_is_lost_when_it_is_taken(tmp_path):
+    failing = [True]
+    mine = lease(Losing(tmp_path, lambda only_if: failing and failing.pop()), seconds=5.0)
+    assert mine.acquire(patience=60.0) == ""
+    mine.confirm()
+    mine.release()
+
+
+def test_giving_it_back_takes_nothing_from_the_next_holder(tmp_path):
+    """The answer to it may come late: then the next one holds it already."""
+    first, second = lease(Folder(tmp_path), seconds=3600.0), lease(Folder(tmp_path), seconds=3600.0)
+    first.acquire()
+    first.release()
+    assert second.acquire() == ""
+    first.release()
+    second.confirm()
+    second.release()
+
+
+def test_one_that_could_not_be_renewed_for_too_long_is_not_relied_on(tmp_path):
+    mine = lease(Losing(tmp_path, lambda only_if: only_if not in (None, ABSENT)), seconds=0.3)
+    mine.acquire()
+    mine.check()
+    time.sleep(0.5)
+    with pytest.raises(StorageError, match=r"could not be renewed for 0\.3 s"):
+        mine.check()
+    mine.leave()
+
+
+def test_storage_that_heeds_no_conditions_is_refused(tmp_path):
+    class Heedless(Folder):
+        def write(self, name, content, *, only_if=None):
+            return super().write(name, content)
+
+    with pytest.raises(StorageError, match="cannot keep two writers apart"):
+        lease(Heedless(tmp_path)).acquire()
 
 
 def test_a_bucket_that_does_not_exist_is_told(moto, aws):

@@ -1,0 +1,200 @@
+"""`imaml sweep`: train the trials of a sweep, test the best one, and write all of it down; the same command again resumes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cluster.resources import nodes, room
+from cluster.session import ray_session
+from imaml_dist.config.load import to_yaml
+from imaml_dist.config.load_sweep import load_sweep
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.data.dataset import Dataset
+from imaml_dist.data.frozen import freeze, publish
+from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve
+from imaml_dist.distributed.ray_tune import Need, need_of, tune_on_ray
+from imaml_dist.errors import ClusterError, InputError, TrainingError
+from imaml_dist.storage.local import exclusive
+from imaml_dist.sweeps.directory import SweepDirectory
+from imaml_dist.sweeps.feasible import check_feasible, trials_of
+from imaml_dist.sweeps.ledger import Ledger, Trial
+from imaml_dist.sweeps.outcome import best_of, outcome
+from imaml_dist.sweeps.search import Search
+from pipelines import console, kernels
+from pipelines.evaluate import evaluate_run
+from pipelines.summary import versions
+from pipelines.sweep_table import SweepTable, show_outcome
+
+POLL_S = 0.5
+
+
+def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: bool) -> bool:
+    """Run a sweep as a file says.
+
+    Returns:
+        True when it is finished; False when it was interrupted.
+
+    Raises:
+        ImamlError: see the exit codes in `imaml_dist.errors`.
+    """
+    sys.path.insert(0, os.getcwd())  # a user's own model factory lies beside their configuration
+    asked = load_sweep(path, overrides)
+    trials = trials_of(asked.config, asked.where)
+    possible = check_feasible(asked)
+    base = asked.base()
+    dataset = open_dataset(base)
+    _check_data(possible, dataset)
+    content = freeze(make_source(base, dataset, "val"), asked.config.validation.tasks)
+    native = kernels.usable
+    directory = SweepDirectory(sweep_dir or Path("runs") / asked.config.name)
+    directory.check_usable()
+    directory.path.mkdir(parents=True, exist_ok=True)
+    with exclusive(directory.driver_lock) as held:
+        if not held:
+            raise InputError(
+                f"{directory.path} is being swept by another imaml sweep; wait for it, or choose another --sweep-dir"
+            )
+        directory.begin(asked, fresh=fresh)
+        publish(str(directory.validation_file), content)
+        ledger = Ledger(directory.ledger_file)
+
+        def resolved(config: ExperimentConfig) -> ExperimentConfig:
+            return resolve(config, cuda=torch.cuda.is_available(), native=native)
+
+        search = Search(asked, ledger, directory, resolved, trials)
+        if search.left and not _train(search, need_of([resolved(one) for one in possible])):
+            console.err.print(f"interrupted; the same command goes on with the sweep: {directory.path}", soft_wrap=True)
+            return False
+        _conclude(search, dataset, hashlib.sha256(content).hexdigest())
+    return True
+
+
+def _check_data(possible: Sequence[ExperimentConfig], dataset: Dataset) -> None:
+    """Find what is wrong with episodes and models of trials before anything is started."""
+    seen: list[Any] = []
+    for config in possible:
+        parts = (config.data, config.model, config.algorithm.kind, config.loss, config.run.precision)
+        if parts not in seen:
+            seen.append(parts)
+            make_source(config, dataset, "train")
+            make_learner(resolve(config, cuda=False, native=lambda: False), dataset.index.image_shape)
+
+
+def _train(search: Search, need: Need) -> bool:
+    """Whether all trials have ended; False after a request to stop."""
+    asked = search.sweep.config.max_concurrent
+    wanted = 1 if asked == "auto" else min(asked, search.left)
+    cpus, gpus = (wanted * need.workers * need.each.get(kind, 0.0) for kind in ("CPU", "GPU"))
+    with ray_session(int(cpus), gpus):
+        slots = room(nodes(), need.each)
+        if slots < wanted * need.workers:
+            each = " and ".join(f"{amount:g} {kind}{'s' if amount > 1 else ''}" for kind, amount in need.each.items())
+            trials = "a trial needs" if wanted == 1 else f"{wanted} trials at a time (max_concurrent) need"
+            raise ClusterError(
+                f"{trials} {wanted * need.workers} workers with {each} each, the Ray cluster has room for {slots}; lower run.workers, "
+                "run.threads, run.gpus_per_worker or max_concurrent"
+            )
+        at_a_time = min(search.left, max(1, slots // need.most) if asked == "auto" else asked)
+        console.out.print(
+            f"{search.left} trials to train, {at_a_time} at a time, each with "
+            + (f"{need.most} worker(s) on Ray" if need.on_ray else "one process"),
+            soft_wrap=True,
+        )
+        command = [sys.executable, "-m", "pipelines.trial"]
+        tuning = _Tuning(lambda: tune_on_ray(search, need, at_a_time, command))
+        thread = threading.Thread(target=tuning, name="tune", daemon=True)
+        with _stop_on_signals(search.directory), SweepTable(search) as table:
+            thread.start()
+            while thread.is_alive():
+                thread.join(POLL_S)
+                table.update()
+        if tuning.error:
+            raise tuning.error[0]
+    left = [trial.number for trial in search.ledger.trials if trial.status == "running"]
+    if (left or search.left) and not search.directory.stop_file.exists():
+        raise ClusterError(
+            f"Ray Tune ended before all trials had (trials {left} had begun); run the same command again, and the sweep goes on"
+        )
+    return not (left or search.left)
+
+
+@dataclass
+class _Tuning:
+    """Ray Tune in a thread of its own: the main thread shows the table and hears signals."""
+
+    run: Callable[[], None]
+    error: list[BaseException] = field(default_factory=list)
+
+    def __call__(self) -> None:
+        try:
+            self.run()
+        except BaseException as error:  # handed to the main thread, which raises it
+            self.error.append(error)
+
+
+@contextmanager
+def _stop_on_signals(directory: SweepDirectory) -> Iterator[None]:
+    """SIGINT and SIGTERM ask all trials for a checkpoint and an end; a second one is obeyed at once."""
+
+    def handle(number: int, frame: object) -> None:
+        if directory.stop_file.exists():
+            console.err.print("stopped at once; the same command goes on with the sweep")
+            sys.stdout.flush()
+            os._exit(130)
+        console.err.print("stopping as soon as all trials have saved their state; once more to stop at once")
+        directory.stop_file.touch()
+
+    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _conclude(search: Search, dataset: Dataset, validation: str) -> None:
+    """Write down what came out, test the best trial, and show it all."""
+    directory, base, trials = search.directory, search.sweep.base(), search.ledger.trials
+    best = best_of(trials)
+    if best is None:
+        reason = next((trial.why for trial in trials if trial.why), "none of them was validated")
+        raise TrainingError(
+            f"none of {len(trials)} trials can be used; trial {trials[0].number}: {reason}; see {directory.logs}"
+        )
+    directory.best_file.write_text(to_yaml(search.sweep.experiment(best.values, {})), encoding="utf-8")
+    facts = {"fingerprint": dataset.index.fingerprint, "validation_sha256": validation, "versions": versions()}
+    found = outcome(search.sweep, trials, facts, _tested(search, best, base, dataset))
+    directory.write_json(directory.outcome_file, found)
+    from imaml_dist.reporting.sweep_report import write_sweep_report
+
+    write_sweep_report(directory.path)
+    show_outcome(found, directory)
+
+
+def _tested(search: Search, best: Trial, base: ExperimentConfig, dataset: Dataset) -> dict[str, Any] | None:
+    """The best trial on the frozen test tasks, once: a sweep that is only shown again does not look at them again."""
+    directory = search.directory
+    if not base.evaluate.tasks:
+        return None
+    content = freeze(make_source(base, dataset, "test"), base.evaluate.tasks)
+    publish(str(directory.test_file), content)
+    before = directory.read_outcome()
+    tested = (before or {}).get("test")
+    if tested is not None and (tested["trial"], tested["manifest_sha256"]) == (
+        best.number,
+        hashlib.sha256(content).hexdigest(),
+    ):
+        return dict(tested)
+    found = evaluate_run(directory.run(best).path, manifest=str(directory.test_file))
+    return {"trial": best.number, **{key: value for key, value in found.items() if not key.startswith("per_task")}}

@@ -1,0 +1,345 @@
+"""`imaml sweep` with real Ray: the trials' own training runs, kills of driver and trials, early stopping that leaves nothing behind."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from helpers.command import ROOT, Command, imaml, imaml_here
+from helpers.ray_cluster import clean_environment, ray_cluster
+from helpers.runs import raw_config
+
+from imaml_dist.config.load import build_config
+from imaml_dist.config.load_sweep import load_sweep
+from imaml_dist.data.frozen import freeze, publish
+from imaml_dist.distributed.build import make_source, open_dataset, resolve
+from imaml_dist.distributed.group import Alone
+from imaml_dist.distributed.worker import Worker
+from imaml_dist.sweeps.directory import SweepDirectory
+from imaml_dist.sweeps.drawing import draw
+from imaml_dist.sweeps.search import measured
+from imaml_dist.training.run_directory import RunDirectory
+
+TRIALS, STEPS = 3, 12
+TIMES = ("seconds", "began", "ended", "losses")
+
+
+def base(data: Path, steps: int) -> dict:
+    """A network too small and adapted too little to be right about every image."""
+    raw = raw_config(data, steps=steps)
+    hard = {"inner": {"steps": 1, "lr": 0.02}, "solver": {"max_iterations": 2}}
+    return raw | {
+        "model": {"kind": "conv4", "channels": 2},
+        "algorithm": {"kind": "imaml", **hard},
+        "validate": {"every": 3, "tasks": 12},
+    }
+
+
+def write_sweep(folder: Path, data: Path, steps: int = STEPS, **fields) -> Path:
+    raw = {
+        "name": "sweep",
+        "base": base(data, steps),
+        "space": {
+            "algorithm.lam": {"kind": "loguniform", "low": 0.05, "high": 20.0},
+            "algorithm.solver.max_iterations": {"kind": "grid", "values": [1, 3]},
+        },
+        "budget": {"trials": TRIALS},
+        "validation": {"tasks": 24},
+        **fields,
+    }
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(raw, sort_keys=False))  # a grid goes by the order of its fields
+    return path
+
+
+def table(folder: Path) -> list[dict]:
+    """The leaderboard without what a clock says."""
+    rows = json.loads((folder / "sweep.json").read_text())["trials"]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+
+
+def trained_alone(path: Path, folder: Path) -> list[dict]:
+    """What the table must be: every trial trained in this process, without sweep and Ray, on the same frozen tasks."""
+    sweep, rows = load_sweep(path), []
+    asked = sweep.base()
+    dataset = open_dataset(asked)
+    manifest = folder / "frozen.jsonl"
+    publish(str(manifest), freeze(make_source(asked, dataset, "val"), sweep.config.validation.tasks))
+    decided = [f"validate.tasks={sweep.config.validation.tasks}", f"validate.manifest={manifest}", "evaluate.tasks=0"]
+    for number in range(sweep.config.budget.trials):
+        values = draw(sweep.config, number)
+        overrides = [*(f"{field}={value}" for field, value in values.items()), *decided]
+        config = resolve(build_config(base(Path(asked.data.url), asked.run.steps), overrides), cuda=False)
+        run = RunDirectory(folder / f"alone-{number}")
+        run.begin(config)
+        Worker(config, run, Alone()).run_to_end()
+        found = vars(measured(run, config.run.tasks_per_step))
+        found.pop("seconds")
+        rows.append({"trial": number, "status": "finished", "values": values, **found, "why": ""})
+    assert len({row["accuracy"] for row in rows}) > 1, "or the comparison would show nothing"
+    return rows
+
+
+def ledger(folder: Path) -> list[dict]:
+    path = folder / "ledger.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def wait_for(condition, command: Command, timeout: float = 150) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert command.process.poll() is None, f"ended too early:\n{command.wait()}\n{command.output}"
+        assert time.monotonic() < deadline, "it did not come to that"
+        time.sleep(0.05)
+
+
+def begun(folder: Path, trial: int) -> bool:
+    """Whether a trial has taken a meta-step."""
+    metrics = folder / "trials" / f"{trial:04d}" / "metrics.jsonl"
+    return metrics.is_file() and metrics.stat().st_size > 0
+
+
+def trainer(folder: Path, trial: int) -> int:
+    """Process id of a trial of the local backend."""
+    starts = (folder / "trials" / f"{trial:04d}" / "starts.jsonl").read_text().splitlines()
+    return json.loads(starts[-1])["pids"][0]
+
+
+def test_driver_and_trials_are_killed_and_the_table_is_that_of_trials_trained_alone(data, tmp_path):
+    """On a cluster that stays, for it to have to free what a killed driver held."""
+    path = write_sweep(tmp_path, data, steps=45)
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    with ray_cluster(nodes=2) as cluster:
+        with Command(*words, cwd=tmp_path, **cluster.env) as command:
+            wait_for(lambda: begun(folder, 1), command)
+            os.kill(trainer(folder, 1), signal.SIGKILL)  # a trial's process
+            wait_for(lambda: any(event["event"] == "lost" for event in ledger(folder)), command)
+            wait_for(lambda: any(event["event"] == "ended" for event in ledger(folder)), command)
+            command.kill()  # the driver
+        check_resumed(words, folder, cluster.env)
+    assert table(folder) == trained_alone(path, tmp_path)
+    check_outcome(folder, tmp_path)
+
+
+def check_resumed(words: tuple[str, ...], folder: Path, env: dict[str, str]) -> None:
+    """The same command again ends the sweep; no trial is begun or ended twice, and none that had ended is trained again."""
+    before = [event for event in ledger(folder) if event["event"] == "ended"]
+    assert 1 <= len(before) < TRIALS
+    code, output = imaml(*words, cwd=folder.parent, **env)
+    assert code == 0, output
+    events = ledger(folder)
+    for number in range(TRIALS):
+        assert sum(event["event"] == "ended" and event["trial"] == number for event in events) == 1
+        assert sum(event["event"] == "begun" and event["trial"] == number for event in events) == 1
+    for event in before:  # finished trials were not touched again
+        starts = (folder / "trials" / f"{event['trial']:04d}" / "starts.jsonl").read_text().splitlines()
+        assert len(starts) == 1 + (event["trial"] == 1)
+    assert json.loads((folder / "sweep.json").read_text())["trials"][1]["losses"] == 1
+
+
+def check_outcome(folder: Path, where: Path) -> None:
+    """What a sweep leaves: the best configuration, its one test, and the page; shown again without training or testing again."""
+    found = json.loads((folder / "sweep.json").read_text())
+    rows = found["trials"]
+    best = max(rows, key=lambda row: row["accuracy"])
+    assert found["best"] == best["trial"]
+    config = yaml.safe_load((folder / "best.yaml").read_text())
+    assert config["algorithm"]["lam"] == best["values"]["algorithm.lam"]
+    assert (config["validate"]["manifest"], config["evaluate"]["tasks"]) == (None, 20)
+    assert (found["test"]["trial"], found["test"]["tasks"]) == (best["trial"], 20)
+    assert (folder / "report.html").read_text().count("<svg") >= 4
+    assert not (folder / "ray").exists()
+    (folder / "trials" / f"{best['trial']:04d}" / "checkpoints").rename(
+        where / "away"
+    )  # so that a second test would fail
+    code, output = imaml("sweep", str(where / "sweep.yaml"), "--sweep-dir", str(folder), cwd=where)
+    assert code == 0 and "best: trial" in output, output
+    (where / "away").rename(folder / "trials" / f"{best['trial']:04d}" / "checkpoints")
+    assert json.loads((folder / "sweep.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("override", "code", "says"),
+    [
+        ("space.algorithm.lamda={kind: uniform, low: 1.0, high: 2.0}", 2, "did you mean algorithm.lam?"),
+        ("space.data.shot={kind: int, low: 1, high: 900}", 2, "data.shot"),
+        ("space.model={kind: choice, values: [{kind: mlp}, {kind: 'no.such:net'}]}", 2, "no.such:net"),
+        ("validation.tasks=0", 2, "validation.tasks: 0 given"),
+        ("base.data.url=nowhere", 2, "nowhere"),
+    ],
+)
+def test_a_space_that_cannot_be_searched_is_one_sentence_before_anything_starts(data, tmp_path, override, code, says):
+    path = write_sweep(tmp_path, data)
+    found, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
+    assert (found, says in output, len(output.strip().splitlines())) == (code, True, 1), output
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_folder_of_something_else_and_another_sweep_are_left_alone(data, tmp_path):
+    path = write_sweep(tmp_path, data)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    code, output = imaml_here("sweep", str(path), "--sweep-dir", "mine", cwd=tmp_path)
+    assert (code, "it holds 'thesis.tex'" in output) == (2, True), output
+    directory = SweepDirectory(tmp_path / "sweep")
+    directory.begin(load_sweep(path))
+    for override, says in (
+        ("searcher.seed=5", "searcher.seed: 5 given, but the sweep in sweep was begun with 0"),
+        ("base.outer.lr=0.5", "base.outer.lr: 0.5 given, but the sweep in sweep was begun with 0.003"),
+        (
+            "space={algorithm.solver.max_iterations: {kind: grid, values: [1, 3]}, algorithm.lam: "
+            "{kind: loguniform, low: 0.05, high: 20.0}}",
+            "order of space: 'algorithm.solver.max_iterations, algorithm.lam' given",
+        ),
+    ):
+        code, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
+        assert (code, says in output) == (2, True), output
+
+
+LEFT = """
+import json, ray
+ray.init(address="auto", log_to_driver=False, logging_level="ERROR")
+from ray._private.state import actors
+from ray.util import placement_group_table
+groups = [group["state"] for group in placement_group_table().values() if group["state"] != "REMOVED"]
+alive = [actor["ActorClassName"] for actor in actors().values() if actor["State"] != "DEAD"]
+alive.remove("_AutoscalingCoordinatorActor") if "_AutoscalingCoordinatorActor" in alive else None
+print(json.dumps({"actors": alive, "groups": groups, "free": ray.available_resources().get("CPU", 0.0)}))
+"""
+
+
+def left(env: dict[str, str]) -> dict:
+    """What lives on a cluster: actors, placement groups, and the CPUs that nothing has reserved.
+
+    Without one actor of Ray's own, which has no CPU and belongs to no trial: the first training run on a cluster starts it, for good.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", LEFT],
+        env={**clean_environment(), "PYTHONPATH": str(ROOT), **env},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.slow
+def test_trials_that_asha_stops_leave_no_actor_no_group_and_no_reserved_cpu(data, tmp_path):
+    """Trials with workers on Ray: one CPU each, two at a time, on a cluster that stays."""
+    path = write_sweep(
+        tmp_path,
+        data,
+        steps=400,
+        set={"run.backend": "ray", "run.workers": 1, "validate.every": 10},
+        space={"outer.lr": {"kind": "grid", "values": [0.003, 8.0, 7.0, 9.0, 6.0]}},
+        searcher={"kind": "grid"},
+        scheduler={"kind": "asha", "grace": 10, "reduction": 2.0},
+        budget={},
+    )
+    with ray_cluster(nodes=2) as cluster:
+        code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path, timeout=280, **cluster.env)
+        assert code == 0, output
+        assert "2 at a time" in output
+        wide = ("--set", "base.run.threads=2", "--sweep-dir", "wide")
+        code, output = imaml("sweep", str(path), *wide, cwd=tmp_path, **cluster.env)
+        says = (
+            "a trial needs 1 workers with 2 CPUs each, the Ray cluster has room for 0; lower run.workers, run.threads"
+        )
+        assert (code, says in output) == (3, True), output
+        deadline = time.monotonic() + 30
+        while (found := left(cluster.env)) != {"actors": [], "groups": [], "free": 2.0} and time.monotonic() < deadline:
+            time.sleep(1)
+        assert found == {"actors": [], "groups": [], "free": 2.0}
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    stopped = [row for row in rows if row["status"] == "stopped"]
+    assert stopped and all(row["steps"] < 400 for row in stopped)
+    assert rows[0]["status"] == "finished"
+    trained = [" ".join(process.info["cmdline"] or []) for process in psutil.process_iter(["cmdline"])]
+    assert [words for words in trained if "pipelines.trial" in words and str(tmp_path) in words] == []
+
+
+CRASHES = """
+import os, sys
+from torch import nn
+def make(image_shape, way):
+    if sys.argv[0].endswith("trial.py"):
+        os._exit(7)
+    return nn.Sequential(nn.Flatten(), nn.Linear(784, way))
+"""
+
+
+@pytest.mark.slow
+def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(data, tmp_path):
+    """One that is given up at once, for it would only repeat itself, and two that crash, which are tried again."""
+    (tmp_path / "mine.py").write_text(CRASHES)
+    space = {
+        "model": {"kind": "grid", "values": [{"kind": "conv4", "channels": 2}, {"kind": "mine:make"}]},
+        "algorithm.inner.lr": {"kind": "grid", "values": [0.02, 1e12]},
+    }
+    path = write_sweep(tmp_path, data, space=space, searcher={"kind": "grid"}, budget={})
+    code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path)
+    assert code == 0, output
+    assert "Traceback" not in output
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    assert [row["status"] for row in rows] == ["finished", "failed", "failed", "failed"]
+    assert [row["losses"] for row in rows] == [0, 0, 1, 1]
+    assert "meta-steps in a row were skipped" in rows[1]["why"]
+    assert "it crashed 2 times; see" in rows[2]["why"]
+    assert "trial 2 crashed, and is started again" in output
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "Trial 1 failed: 10 meta-steps in a row were skipped" in page
+
+
+@pytest.mark.slow
+def test_optuna_and_the_median_rule_keep_what_has_ended_through_a_kill_of_the_driver(data, tmp_path):
+    pytest.importorskip("optuna", reason="optuna is not installed")
+    path = write_sweep(
+        tmp_path,
+        data,
+        steps=60,
+        space={
+            "algorithm.lam": {"kind": "loguniform", "low": 0.05, "high": 20.0},
+            "outer.lr": {"kind": "choice", "values": [0.003, 9.0]},
+        },
+        searcher={"kind": "optuna", "startup": 3},
+        scheduler={"kind": "median", "grace": 9, "min_trials": 2},
+        budget={"trials": 7},
+    )
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    with ray_cluster(nodes=2) as cluster:
+        with Command(*words, cwd=tmp_path, **cluster.env) as command:
+            wait_for(lambda: sum(event["event"] == "ended" for event in ledger(folder)) >= 2, command)
+            command.kill()
+        before = ledger(folder)
+        code, output = imaml(*words, cwd=tmp_path, **cluster.env)
+        assert code == 0, output
+    events = ledger(folder)
+    assert events[: len(before)] == before
+    for number in range(7):
+        assert [e["event"] for e in events if e["trial"] == number and e["event"] != "lost"] == ["begun", "ended"]
+    assert {row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]} <= {
+        "finished",
+        "stopped",
+    }
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_with_checkpoints_and_the_same_command_goes_on(data, tmp_path):
+    path = write_sweep(tmp_path, data, steps=60, budget={"trials": 2})
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    with Command(*words, cwd=tmp_path) as command:
+        wait_for(lambda: begun(folder, 0) and begun(folder, 1), command)
+        command.kill(signal.SIGINT)
+        assert command.wait() == 130, command.output
+    assert "the same command goes on with the sweep" in command.output
+    assert not any(event["event"] == "ended" for event in ledger(folder))
+    assert list((folder / "trials").glob("*/checkpoints/step-*"))
+    code, output = imaml(*words, cwd=tmp_path)
+    assert code == 0, output
+    assert [row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]] == ["finished"] * 2
