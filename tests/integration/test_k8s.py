@@ -14,7 +14,7 @@ import pytest
 import yaml
 from helpers import crds, dockerfile, pod_security
 from helpers.command import ROOT, imaml_here
-from helpers.manifests import K8S, OVERLAYS, documents, rendered
+from helpers.manifests import K8S, OVERLAYS, documents, of_job, rendered
 
 from cluster import rules
 from cluster.kuberay import CONFIG_FILE, CONFIG_KEY
@@ -168,7 +168,7 @@ def test_jobs_can_be_tried_again_and_are_not_left_waiting(overlay):
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_what_trains_asks_for_what_its_cluster_offers(overlay):
-    (train,) = [job for job in of_kind(overlay, "RayJob") if job["metadata"]["name"] == "train"]
+    train = of_job(overlay, "train")
     cluster = train["spec"]["rayClusterSpec"]
     text = cluster["headGroupSpec"]["template"]["metadata"]["annotations"][CONFIG_KEY]
     config = build_config(yaml.safe_load(text))
@@ -184,7 +184,7 @@ def test_what_trains_asks_for_what_its_cluster_offers(overlay):
 
 
 def test_gpu_workers_come_from_two_pools():
-    (train,) = [job for job in of_kind("gpu", "RayJob") if job["metadata"]["name"] == "train"]
+    train = of_job("gpu", "train")
     steady, passing = train["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert steady["minReplicas"] == 2 and passing["minReplicas"] == 0
     keys = [t["key"] for t in passing["template"]["spec"]["tolerations"]]
@@ -314,7 +314,7 @@ def test_the_jobs_commands_train_and_evaluate_on_object_storage(moto_bucket, dat
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_a_sweep_is_one_and_all_its_pods_see_its_folder(overlay):
-    (sweep,) = [job for job in of_kind(overlay, "RayJob") if job["metadata"]["name"] == "sweep"]
+    sweep = of_job(overlay, "sweep")
     words = shlex.split(sweep["spec"]["entrypoint"])
     file = ROOT / words[2].removeprefix("/home/ray/")
     assert words[:2] == ["imaml", "sweep"]
@@ -394,7 +394,7 @@ def test_the_run_of_ones_own_fits_the_platform(tmp_path):
     assert code == 0, output
     job = yaml.safe_load(output)
     assert rules.broken(job) == pod_security.refused(job) == crds.violations(job) == []
-    (train,) = [d for d in of_kind("dev", "RayJob") if d["metadata"]["name"] == "train"]
+    train = of_job("dev", "train")
     for own, shipped in zip(pods(job), pods(train), strict=True):
         assert own[0].keys() == shipped[0].keys()
         names = [{v["name"] for v in pod["containers"][0]["env"]} for _, pod in (own, shipped)]
