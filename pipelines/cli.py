@@ -106,6 +106,31 @@ def evaluate(
             json_file.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
 
 
+@app.command()
+def submit(
+    config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
+    run_dir: Annotated[str, typer.Option(help="Where the run is kept, and resumed from: an s3:// URL.")],
+    k8s: Annotated[bool, typer.Option("--k8s", help="As a RayJob of KubeRay.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifest and submit nothing.")] = False,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
+    image: Annotated[str | None, typer.Option(help="Of all pods, with a tag that stays or a digest.")] = None,
+    namespace: Annotated[str | None, typer.Option(help="Of Kubernetes.")] = None,
+    options_file: Annotated[
+        Path | None, typer.Option("--options", help="File of options of Kubernetes; see docs/kubernetes.md.")
+    ] = None,
+) -> None:
+    """Print the manifest of a run on Kubernetes, to be applied by kubectl."""
+    with exit_codes():
+        from pipelines.submit import manifest
+
+        if not (k8s and dry_run):
+            raise InputError(
+                "imaml submit prints manifests: add --k8s --dry-run, and pipe them into kubectl apply -f -"
+            )
+        given = {name: value for name, value in (("image", image), ("namespace", namespace)) if value is not None}
+        typer.echo(manifest(config, set_ or [], run_dir, options_file, given), nl=False)
+
+
 @app.command("freeze-tasks")
 def freeze_tasks(
     config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],

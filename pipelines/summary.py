@@ -63,7 +63,9 @@ def summary(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, track
         "environment": {
             "platform": platform.platform(),
             "cpus": os.cpu_count(),
-            "device": config.run.device if config.run.device == "cpu" else torch.cuda.get_device_name(),
+            "device": torch.cuda.get_device_name()
+            if config.run.device == "cuda" and torch.cuda.is_available()  # else this is the head of a cluster
+            else config.run.device,
         },
         "mlflow": tracker.identity if tracker is not None else None,
     }

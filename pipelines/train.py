@@ -66,7 +66,7 @@ def train(
     sys.path.insert(0, os.getcwd())  # a user's own model factory lies beside their configuration
     asked = load_config(config_path, overrides)
     dataset = open_dataset(asked)  # first, for kernels take long to compile
-    config = resolve(asked, cuda=torch.cuda.is_available(), native=kernels.usable)
+    config = resolve(asked, cuda=torch.cuda.is_available() or _gpus_elsewhere(asked), native=kernels.usable)
     run = open_run(run_dir or Path("runs") / config.name, storage_options(config))
     _preflight(config, dataset, run, fresh)
     run.check_usable()
@@ -116,7 +116,7 @@ def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fr
     make_validation_source(config, dataset)
     if config.evaluate.tasks:
         make_source(config, dataset, "test")
-    learner = make_learner(config, dataset.index.image_shape)
+    learner = make_learner(_here(config), dataset.index.image_shape)
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(config, learner, make_source(config, dataset, "train"))
     source = config.warm_start
@@ -124,6 +124,18 @@ def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fr
         warm_start.check_outside(source.path, run.path)
         warm_start.load_into(learner.model, source.path, source.skip)
     dataset.close()  # the workers open it for themselves; here only its index is of use
+
+
+def _gpus_elsewhere(config: ExperimentConfig) -> bool:
+    """Whether GPUs are asked of a cluster, whose head, where this command runs, need have none; the session looks whether it has them."""
+    return config.run.device == "cuda" and config.run.backend == "ray" and "RAY_ADDRESS" in os.environ
+
+
+def _here(config: ExperimentConfig) -> ExperimentConfig:
+    """The same on what this machine has."""
+    if config.run.device == "cpu" or torch.cuda.is_available():
+        return config
+    return config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
 
 
 def _try_model(config: ExperimentConfig, learner: MetaLearner, source: TaskSource) -> None:

@@ -40,7 +40,7 @@ VENDOR_ROOMS = {
     "ray": {"imaml_dist.distributed", "cluster"},
     "kubernetes": {"cluster"},
     "optuna": {"imaml_dist.sweeps"},
-    "pydantic": {"imaml_dist.config", "imaml_dist.distributed"},
+    "pydantic": {"imaml_dist.config", "imaml_dist.distributed", "cluster"},  # fields that users write
     "yaml": {"imaml_dist.config", "cluster"},
     "safetensors": {"imaml_dist.training"},
     "PIL": {"imaml_dist.data"},

@@ -79,6 +79,8 @@ def test_every_imaml_command_works(page, workspace):
         run_python(page, workspace)
     for words in commands(page):
         if words[0] == "imaml":
+            if words[1] == "submit":  # the workspace's configurations train in one process
+                words += ["--set", "run.backend=ray"]
             code, output = imaml(*words[1:], cwd=workspace)
             assert code == 0, f"{' '.join(words)}\n{output}"
         else:
@@ -113,6 +115,14 @@ def test_the_documented_configuration_is_the_real_one():
     assert build_config(documented).model_dump(by_alias=True) == build_config({"name": "x"}).model_dump(by_alias=True)
 
 
+def test_the_documented_options_of_kubernetes_are_the_real_ones():
+    from cluster.kube_options import KubeOptions
+
+    (text,) = [t for language, t in BLOCK.findall((ROOT / "docs" / "kubernetes.md").read_text()) if language == "yaml"]
+    documented, image = yaml.safe_load(text), {"image": "imaml:1"}
+    assert documented == KubeOptions(**image).model_dump() | {"image": "required"}
+
+
 def test_the_documented_sweep_is_one():
     from imaml_dist.config.load import parse_yaml
     from imaml_dist.config.sweep import SweepConfig
@@ -133,6 +143,6 @@ def test_the_shipped_sweeps_can_be_searched(name):
 
 
 def test_every_relative_link_leads_somewhere():
-    for page in PAGES:
+    for page in [*PAGES, ROOT / "k8s" / "README.md"]:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
