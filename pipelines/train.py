@@ -171,8 +171,10 @@ class _Backend:
 
 
 def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
+    exported = None
     with ExitStack() as stack:
         if config.run.backend == "ray":
+            from cluster.metrics import RunMetrics
             from cluster.session import ray_session
             from imaml_dist.distributed.ray_train import train_on_ray
 
@@ -183,6 +185,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
                 ray_session(fewest * config.run.threads, fewest * config.run.gpus_per_worker if cuda else 0)
             )
             backend = _Backend(lambda: train_on_ray(config, run))
+            exported = RunMetrics(config.name)
         else:
             from imaml_dist.distributed.local import train_local
 
@@ -198,10 +201,14 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             run.confirm_driving()
             for start in run.starts()[starts:]:
                 starts += 1
+                if exported is not None:
+                    exported.restarted(starts - 1)
                 if start.get("after"):
                     console.err.print(f"{start['after']}; going on from {_origin(start)}", soft_wrap=True)
             for record in follower.poll():
                 last = record["step"] + 1
+                if exported is not None:
+                    exported.observe(record)
                 show(last, config.run.steps, console.step_remark(record))
         if backend.error:
             raise backend.error[0]
