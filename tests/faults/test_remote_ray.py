@@ -15,7 +15,7 @@ from helpers.s3_server import environment
 from imaml_dist.errors import MissingError
 from imaml_dist.storage.opening import open_storage
 
-pytestmark = pytest.mark.faults
+pytestmark = [pytest.mark.faults, pytest.mark.slow]
 
 STEPS = 60
 
