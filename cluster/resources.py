@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from imaml_dist.errors import ConfigError
+from imaml_dist.errors import ClusterError, ConfigError
 
 _UNITS = {
     "": 1.0,
@@ -89,6 +89,16 @@ def misfit(needs: Needs, offered: Sequence[Mapping[str, float]]) -> str | None:
     short = " and ".join(lacking) or "no node has all kinds together"
     why = f"{short} fall short" if lacking else short
     return f"{asked}, but {has} have room for {fits}: {why}; {hint}"
+
+
+def check_room(needs: Needs) -> None:
+    """Make sure that the connected cluster has room for a run.
+
+    Raises:
+        ClusterError: it has not.
+    """
+    if (why := misfit(needs, nodes())) is not None:
+        raise ClusterError(why)
 
 
 def quantity(text: str | int | float, where: str) -> float:

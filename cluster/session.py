@@ -15,18 +15,17 @@ OBJECT_STORE_BYTES = 128 << 20
 
 
 @contextmanager
-def ray_session(cpus: int, gpus: float = 0) -> Iterator[None]:
+def ray_session(cpus: int) -> Iterator[None]:
     """Connect for the length of a `with` block.
 
     A private cluster binds to the loopback address, has no dashboard, asks for a token that lives in this process and
     its children only, and ends with the block.
 
     Args:
-        cpus: that the caller will ask for.
-        gpus: that the caller will ask for.
+        cpus: that the caller will ask for; a private cluster claims to have them.
 
     Raises:
-        ClusterError: the cluster cannot be started or reached, or offers less than that.
+        ClusterError: the cluster cannot be started or reached.
     """
     address = os.environ.get("RAY_ADDRESS")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -60,12 +59,6 @@ def ray_session(cpus: int, gpus: float = 0) -> Iterator[None]:
             f"{where} ({type(error).__name__}: {error}); check RAY_ADDRESS, or use --backend local"
         ) from error
     try:
-        offered = ray.cluster_resources()
-        for kind, wanted in (("CPU", cpus), ("GPU", gpus)):
-            if offered.get(kind, 0) < wanted:
-                raise ClusterError(
-                    f"the run needs {wanted:g} {kind}s, the Ray cluster has {offered.get(kind, 0):g}; lower run.workers or run.threads"
-                )
         yield
     finally:
         ray.shutdown()

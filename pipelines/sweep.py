@@ -105,8 +105,7 @@ def _train(search: Search, need: Need, parent: str) -> bool:
     """Whether all trials have ended; False after a request to stop."""
     asked = search.sweep.config.max_concurrent
     wanted = 1 if asked == "auto" else min(asked, search.left)
-    cpus, gpus = (wanted * need.workers * need.each.get(kind, 0.0) for kind in ("CPU", "GPU"))
-    with ray_session(int(cpus), gpus):
+    with ray_session(int(wanted * need.workers * need.each.get("CPU", 0.0))):
         slots = room(nodes(), need.each)
         if slots < wanted * need.workers:
             each = " and ".join(f"{amount:g} {kind}{'s' if amount > 1 else ''}" for kind, amount in need.each.items())

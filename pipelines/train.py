@@ -175,15 +175,15 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
     with ExitStack() as stack:
         if config.run.backend == "ray":
             from cluster.metrics import RunMetrics
+            from cluster.resources import Needs, check_room
             from cluster.session import ray_session
             from imaml_dist.distributed.ray_train import train_on_ray
 
             cuda = config.run.device == "cuda"
             fewest, most = config.run.bounds
             console.out.print(f"starting {most if fewest == most else f'{fewest} to {most}'} Ray workers")
-            stack.enter_context(
-                ray_session(fewest * config.run.threads, fewest * config.run.gpus_per_worker if cuda else 0)
-            )
+            stack.enter_context(ray_session(fewest * config.run.threads))
+            check_room(Needs(fewest, most, config.run.threads, config.run.gpus_per_worker if cuda else 0.0))
             backend = _Backend(lambda: train_on_ray(config, run))
             exported = RunMetrics(config.name)
         else:

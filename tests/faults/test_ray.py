@@ -152,3 +152,15 @@ def test_a_lost_node_is_gone_on_without(data, gold, tmp_path):
     starts = [json.loads(line) for line in (tmp_path / "run" / "starts.jsonl").read_text().splitlines()]
     assert [start["world_size"] for start in starts] == [2, 1]
     assert summary["world_size"] == 1
+
+
+def test_a_cluster_without_room_is_named_before_anything_starts(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, **RUN | {"workers": 3})
+    with ray_cluster(nodes=2) as cluster:
+        code, output = imaml(*train(config), cwd=tmp_path, **cluster.env)
+    assert code == 3
+    assert (
+        "the run needs 3 workers of 1 CPU each, but the cluster's 3 nodes (2 CPU in all) have room for 2: CPU fall short"
+        in output
+    )
+    assert not (tmp_path / "run" / "starts.jsonl").exists()
