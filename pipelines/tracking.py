@@ -45,7 +45,7 @@ def mlflow_run(
     """
     facts = RunFacts(
         experiment=config.tracking.experiment or config.name,
-        name=config.name if parent is None else f"{config.name}/{run.path.name}",
+        name=config.name if parent is None or config.name.endswith(run.path.name) else f"{config.name}/{run.path.name}",
         params=flatten(config),
         tags={**_tags(config, run.address), "resume_count": str(len(run.starts())), **tags},
         dataset={"name": dataset.index.name, "digest": dataset.index.fingerprint, "source": dataset.url},
