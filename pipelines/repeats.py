@@ -10,7 +10,7 @@ from typing import Any
 from imaml_dist.config.load import flatten, load_config
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.errors import ConfigError, InputError, TrackingError
-from imaml_dist.storage.local import local_path
+from imaml_dist.storage.local import exclusive, local_path
 from imaml_dist.tracking.mlflow_parent import MlflowParent
 from imaml_dist.training.repeats import Spread
 from imaml_dist.training.run_directory import RunDirectory
@@ -18,7 +18,7 @@ from pipelines import console
 from pipelines.tracking import mlflow_parent
 from pipelines.train import train
 
-RESULT, PAGE = "seeds.json", "report.html"
+RESULT, PAGE, LOCK = "seeds.json", "report.html", ".driver.lock"
 
 SPREADS = {
     "test_accuracy": "test accuracy",
@@ -56,8 +56,25 @@ def train_seeds(
     runs = {seed: folder / f"seed-{seed}" for seed in range(first, first + seeds)}
     _check_usable(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if fresh:
-        _clear(folder)
+    with exclusive(folder / LOCK) as held:
+        if not held:
+            raise InputError(
+                f"{folder} is being trained by another imaml train; wait for it, or choose another --run-dir"
+            )
+        if fresh:
+            _clear(folder)
+        return _train_all(config, config_path, overrides, folder, runs, fresh)
+
+
+def _train_all(
+    config: ExperimentConfig,
+    config_path: Path,
+    overrides: Sequence[str],
+    folder: Path,
+    runs: dict[int, Path],
+    fresh: bool,
+) -> bool:
+    seeds = len(runs)
     parent = _parent(config, folder, seeds)
     parent_id = None if parent is None else parent.run_id
     status = "FAILED"
@@ -99,7 +116,7 @@ def _check_usable(folder: Path) -> None:
 
 
 def _is_ours(entry: Path) -> bool:
-    names = (RESULT, PAGE, "mlflow.json")
+    names = (RESULT, PAGE, "mlflow.json", LOCK)
     return entry.name in names or (entry.name.startswith("seed-") and entry.is_dir()) or entry.suffix == ".part"
 
 

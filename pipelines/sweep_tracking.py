@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 from imaml_dist.config.load import flat
@@ -10,7 +11,8 @@ from imaml_dist.errors import ImamlError, TrackingError
 from imaml_dist.storage.local import without_secrets
 from imaml_dist.sweeps.search import Search
 from imaml_dist.tracking.mlflow_parent import MlflowParent
-from imaml_dist.tracking.mlflow_run import ended_as
+from imaml_dist.tracking.mlflow_run import is_told
+from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
 from pipelines.mlflow_sync import sync
 from pipelines.tracking import mlflow_parent
@@ -19,7 +21,8 @@ from pipelines.tracking import mlflow_parent
 def server() -> dict[str, str]:
     """What trials on other nodes need to find this command's MLflow server; an address with a password they must have from their own."""
     uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    return {"MLFLOW_TRACKING_URI": uri} if uri and uri == without_secrets(uri) else {}
+    open_to_all = uri.startswith(("http://", "https://")) and uri == without_secrets(uri)
+    return {"MLFLOW_TRACKING_URI": uri} if open_to_all else {}
 
 
 class SweepTracking:
@@ -59,12 +62,20 @@ class SweepTracking:
             return
         directory, trials = self._search.directory, self._search.ledger.trials
         runs = [directory.run(trial) for trial in trials if directory.run(trial).mlflow_file.is_file()]
+        for run in runs:
+            if not is_told(run.path):  # its process was killed, or the server was away
+                self._try(lambda: sync(run.path, say=False))  # noqa: B023 - called at once
+        self._try(lambda: self._close(status, found, runs))
+
+    def _close(self, status: str, found: dict[str, Any] | None, runs: list[RunDirectory]) -> None:
+        assert self._parent is not None
+        directory = self._search.directory
+        files = [directory.outcome_file, directory.best_file, directory.report_file, directory.ledger_file]
+        self._parent.close(status, [run.path for run in runs], _metrics(found), artifacts=files)
+
+    def _try(self, tell: Callable[[], None]) -> None:
         try:
-            for run in runs:
-                if ended_as(run.path) is None:  # its process was killed
-                    sync(run.path, say=False)
-            files = [directory.outcome_file, directory.best_file, directory.report_file, directory.ledger_file]
-            self._parent.close(status, [run.path for run in runs], _metrics(found), artifacts=files)
+            tell()
         except ImamlError as error:  # the sweep itself is done and safe
             console.err.print(str(error), soft_wrap=True)
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -194,7 +195,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
         stack.enter_context(_stop_on_signals(run))
         show = stack.enter_context(console.progress(f"meta-training {config.name}"))
         thread = threading.Thread(target=backend, name="training", daemon=True)
-        follower, last, starts = Follower(run.metrics_file), 0, len(run.starts())
+        follower, last, starts, began = Follower(run.metrics_file), 0, len(run.starts()), time.time()
         thread.start()
         while thread.is_alive():
             thread.join(POLL_S)
@@ -207,7 +208,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
                     console.err.print(f"{start['after']}; going on from {_origin(start)}", soft_wrap=True)
             for record in follower.poll():
                 last = record["step"] + 1
-                if exported is not None:
+                if exported is not None and record["time"] >= began:  # an earlier command has told of the others
                     exported.observe(record)
                 show(last, config.run.steps, console.step_remark(record))
         if backend.error:

@@ -41,8 +41,8 @@ class IntSpace(Section):
     """A whole number between two, both included."""
 
     kind: Literal["int"] = "int"
-    low: int
-    high: int
+    low: int = Field(ge=-(2**53), le=2**53)
+    high: int = Field(ge=-(2**53), le=2**53)
     log: bool = False
     """Each order of magnitude alike."""
 

@@ -23,14 +23,15 @@ class Nodes:
     Args:
         group: the workers.
         every: seconds between two looks; 0 is never.
+        gpu: whether ranks compute on one.
     """
 
-    def __init__(self, group: Group, every: float) -> None:
+    def __init__(self, group: Group, every: float, gpu: bool = False) -> None:
         mine = socket.gethostname().encode()[:_LONGEST_NAME].ljust(_LONGEST_NAME, b"\0")
         told = group.gather(torch.tensor(list(mine), dtype=torch.int64))
         self._names = [bytes(row.tolist()).rstrip(b"\0").decode(errors="replace") for row in told]
         first = self._names.index(self._names[group.rank]) == group.rank
-        self._monitor = SystemMonitor(every, whole_node=first)
+        self._monitor = SystemMonitor(every, whole_node=first, gpu=gpu)
 
     def told(self) -> list[float]:
         """This rank's columns."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +50,10 @@ class RaySearcher(_OfThisProcess, Searcher):  # type: ignore[misc]
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial; none after a request to stop. The end is told when no stopped trial is still leaving: Tune waits for seconds
         only when it ends, and a trial may need longer to do so in good order."""
-        stopping = self._search.directory.stop_file.exists()
-        trial = None if stopping else self._search.next()
+        trial = None
+        if self._search.broken is None and not self._search.directory.stop_file.exists():
+            with self._kept():
+                trial = self._search.next()
         if trial is None:
             self._leaving = [run for run in self._leaving if _is_trained(run)]
             return None if self._leaving else str(Searcher.FINISHED)
@@ -59,7 +62,18 @@ class RaySearcher(_OfThisProcess, Searcher):  # type: ignore[misc]
 
     def on_trial_complete(self, trial_id: str, result: Mapping[str, Any] | None = None, error: bool = False) -> None:
         """Write down how a trial ended; one that was interrupted has not."""
-        number, said = self._numbers.pop(trial_id), result or {}
+        with self._kept():
+            self._note(self._numbers[trial_id], result or {}, error)
+
+    @contextmanager
+    def _kept(self) -> Iterator[None]:
+        """Tune would take an exception for the trial's, and start that again."""
+        try:
+            yield
+        except Exception as error:  # raised when Tune has ended
+            self._search.broken = self._search.broken or error
+
+    def _note(self, number: int, said: Mapping[str, Any], error: bool) -> None:
         if error:
             losses = self._search.ledger.trial(number).losses + 1
             log = self._search.directory.log_file(self._search.ledger.trial(number))
@@ -100,7 +114,10 @@ class Losses(_OfThisProcess, Callback):  # type: ignore[misc]
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Tune is about to start a trial again."""
-        self._search.lost(int(trial.config["number"]))
+        try:
+            self._search.lost(int(trial.config["number"]))
+        except Exception as error:  # as in `RaySearcher`
+            self._search.broken = self._search.broken or error
 
 
 class _Median(MedianStoppingRule):  # type: ignore[misc]
@@ -109,6 +126,9 @@ class _Median(MedianStoppingRule):  # type: ignore[misc]
     def recall(self, past: _Past, reports: Sequence[Mapping[str, Any]]) -> None:
         """Know of a trial without an opinion of it."""
         self._results[past] += [dict(report) for report in reports]
+
+    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
+        """Nothing: all validations are known, and a trial that failed before its first has none."""
 
     def _on_insufficient_samples(self, tune_controller: Any, trial: Any, time: float) -> str:
         return str(TrialScheduler.CONTINUE)

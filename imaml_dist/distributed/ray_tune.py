@@ -127,6 +127,8 @@ def tune_on_ray(search: Search, need: Need, at_a_time: int, command: list[str], 
         ) from error
     finally:
         shutil.rmtree(directory.ray_scratch, ignore_errors=True)
+    if search.broken is not None:
+        raise search.broken
 
 
 def ended_trials(search: Search) -> list[tuple[Trial, list[dict[str, Any]]]]:

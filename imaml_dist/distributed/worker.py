@@ -145,7 +145,7 @@ class Worker:
         self._record, self._memory = (None, None) if taken is None else (taken.record, self._memory)
         doubted = None if self._memory is None else self._memory.doubted
         self._comparison = Comparison(self.group.rank, self.state, self._as_memory, doubted)
-        self._nodes = Nodes(self.group, self.config.tracking.system_every)
+        self._nodes = Nodes(self.group, self.config.tracking.system_every, self.config.run.device == "cuda")
         pen = RunWriter(self.run, self.config.run.keep) if self.group.rank == 0 else None
         try:
             stop = self._steps(pen)

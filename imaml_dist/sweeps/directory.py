@@ -108,10 +108,14 @@ class SweepDirectory:
         return found if isinstance(found, dict) else None
 
     def _clear(self) -> None:
+        """The ledger first: without it nothing counts. The sweep's own file last: what has none and is not empty is nobody's sweep."""
+        self.ledger_file.unlink(missing_ok=True)
         for folder in self._folders:
             shutil.rmtree(folder, ignore_errors=True)
         for file in self._files:
-            file.unlink(missing_ok=True)
+            if file != self.sweep_file:
+                file.unlink(missing_ok=True)
+        self.sweep_file.unlink(missing_ok=True)
 
     def _check_same(self, sweep: Sweep) -> None:
         before, after = (

@@ -9,6 +9,7 @@ A line is on disk before anything follows from it. Half a line, left by a crash,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -127,9 +128,16 @@ class Ledger:
     def _write(self, event: dict[str, Any]) -> Trial:
         with self._lock:
             event = {"time": round(time.time(), 3), **event}
+            line = (json.dumps(finite(event), allow_nan=False, default=str) + "\n").encode()
             with open(self._path, "ab", buffering=0) as file:
-                file.write((json.dumps(finite(event), allow_nan=False, default=str) + "\n").encode())
-                os.fsync(file.fileno())
+                whole = file.tell()
+                try:
+                    if file.write(line) < len(line):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._path))
+                    os.fsync(file.fileno())
+                except OSError:
+                    file.truncate(whole)  # a full disk takes a part
+                    raise
             return self._take(event)
 
     def _take(self, event: Mapping[str, Any]) -> Trial:

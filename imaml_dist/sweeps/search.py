@@ -11,6 +11,7 @@ from typing import Any
 
 from imaml_dist.config.load_sweep import Sweep
 from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.errors import ConfigError
 from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.drawing import Values, corners, draw
 from imaml_dist.sweeps.feasible import baseline_of
@@ -43,6 +44,8 @@ class Search:
     ) -> None:
         self.sweep, self.ledger, self.directory = sweep, ledger, directory
         self._resolve, self._number_of_trials = resolve, trials
+        self.broken: Exception | None = None
+        """What went wrong where only Ray would hear of it: nothing more is handed out then."""
         self._waiting = [trial for trial in ledger.trials if trial.status == "running"]
         self._new = iter(range(len(ledger.trials), trials))
 
@@ -52,16 +55,22 @@ class Search:
         return len(self._waiting) + max(0, self._number_of_trials - len(self.ledger.trials))
 
     def next(self) -> Trial | None:
-        """A trial whose configuration is written down; None when there is no other."""
-        if self._waiting:
-            trial = self._waiting.pop(0)
-        else:
-            number = next(self._new, None)
-            if number is None:
-                return None
-            trial = self.ledger.begin(number, self._values(number))
-        self.directory.write_config(trial, self._resolve(self.sweep.experiment(trial.values, self._decided(trial))))
-        return trial
+        """A trial whose configuration is written down; None when there is no other. One that is none is noted as failed."""
+        while True:
+            if self._waiting:
+                trial = self._waiting.pop(0)
+            else:
+                number = next(self._new, None)
+                if number is None:
+                    return None
+                trial = self.ledger.begin(number, self._values(number))
+            try:
+                config = self._resolve(self.sweep.experiment(trial.values, self._decided(trial)))
+            except ConfigError as error:  # values that do not go together, of which a searcher knows nothing
+                self.ledger.end(trial.number, "failed", Result(), str(error))
+                continue
+            self.directory.write_config(trial, config)
+            return trial
 
     @property
     def longest(self) -> int:

@@ -80,8 +80,11 @@ class MlflowParent:
             self._link.open(self._facts)
             for child in children:
                 MlflowLink(child).adopt(self._link.run_id)
-            if self._link.recall("ended") is None:
-                self._link.remember(ended=int(time.time() * 1000))
+            sent = dict(metrics or {})
+            if self._link.recall("ended") is None or self._link.recall("metrics") != sent:
+                self._link.remember(
+                    ended=int(time.time() * 1000), metrics=sent
+                )  # with a time of their own they are the newest
             stamp = int(self._link.recall("ended"))
             points = [Metric(key, float(value), stamp, 0) for key, value in (metrics or {}).items()]
             for begin in range(0, len(points), 1000):

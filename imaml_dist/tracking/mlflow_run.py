@@ -44,10 +44,9 @@ _BATCH = 1000
 _POLL_S, _LONGEST_WAIT_S = 2.0, 8.0
 
 
-def ended_as(run: Path) -> str | None:
-    """The status that a run last wished to end with, whether or not MLflow heard of it; None if it could not say."""
-    status: str | None = MlflowLink(run).recall("status")
-    return status
+def is_told(run: Path) -> bool:
+    """Whether MLflow has heard all of a run, and how it ended."""
+    return bool(MlflowLink(run).recall("told"))
 
 
 class MlflowRun:
@@ -90,7 +89,7 @@ class MlflowRun:
 
     def start(self) -> None:
         """Begin to send in the background."""
-        self._link.remember(status=None)
+        self._link.remember(status=None, told=False)
         self._thread = threading.Thread(target=self._loop, name="mlflow", daemon=True)
         self._thread.start()
 
@@ -120,7 +119,7 @@ class MlflowRun:
         """
         again = f"send the rest with `imaml mlflow-sync {self._url}` when the server is back"
         self._closing.set()
-        self._link.remember(status=status)
+        self._link.remember(status=status, told=False)
         if self._thread is not None:
             self._thread.join(timeout)
             if self._thread.is_alive():
@@ -138,6 +137,7 @@ class MlflowRun:
 
                 self.registered = register(self._link, model)
             self._link.client.set_terminated(self._link.run_id, status=status)
+            self._link.remember(told=True)
 
         self._link.insist(send_all, timeout, again)
 

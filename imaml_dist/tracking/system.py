@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import suppress
 
 import psutil
 import torch
@@ -32,11 +33,12 @@ class SystemMonitor:
     Args:
         every: seconds between two looks; 0 is never.
         whole_node: whether to look at the machine, or only at the GPU.
+        gpu: whether this process computes on one.
     """
 
-    def __init__(self, every: float, *, whole_node: bool) -> None:
+    def __init__(self, every: float, *, whole_node: bool, gpu: bool) -> None:
         self._every, self._whole_node = every, whole_node
-        self._gpu = torch.cuda.is_available()
+        self._gpu = gpu
         self._looked = time.monotonic()
         self._network = _network()
         psutil.cpu_percent()  # the first call only begins to measure
@@ -71,8 +73,7 @@ def _network() -> tuple[int, int]:
 
 def _gpu() -> list[float]:
     free, total = torch.cuda.mem_get_info()
-    try:
+    busy = math.nan
+    with suppress(Exception):  # torch asks nvidia-ml-py, which may be missing, or not be allowed to say
         busy = float(torch.cuda.utilization())
-    except ModuleNotFoundError:  # torch asks nvidia-ml-py
-        busy = math.nan
     return [(total - free) / _MB, 100.0 * (total - free) / total, busy]

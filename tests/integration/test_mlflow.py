@@ -272,7 +272,19 @@ def wait_until(holds, timeout=120):
 
 def test_passwords_in_the_address_are_not_written_down(run, monkeypatch):
     assert without_secrets("https://user:canary@host:8080/x") == "https://host:8080/x"
-    assert without_secrets("sqlite:////a/b.db") == "sqlite:////a/b.db"
+    for kept in (
+        "sqlite:////a/b.db",
+        "http://host:5000/a@b",
+        "s3://bucket/a?x=1",
+        "a/path@home",
+        "http://host/x@y?z#@",
+    ):
+        assert without_secrets(kept) == kept
+    assert without_secrets("postgresql+psycopg2://u:ca/na#ry@h/db") == "postgresql+psycopg2://h/db"
+    assert (
+        without_secrets("postgresql://h/db?user=u&password=canary&x=1") == "postgresql://h/db?user=u&password=***&x=1"
+    )
+    assert without_secrets("https://u:can/ary@h/x") == "https://h/x"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://user:canary@127.0.0.1:9")
     tracker = MlflowRun(run, run / "metrics.jsonl", FACTS)
     with pytest.raises(TrackingError) as caught:

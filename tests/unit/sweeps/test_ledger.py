@@ -1,6 +1,8 @@
 """The ledger of trials: what is written is read, however the writer ended."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -60,3 +62,28 @@ def test_numbers_that_are_not_finite_are_null(tmp_path):
     ledger.begin(0, {"x": 1.0})
     ledger.end(0, "finished", Result(accuracy=0.5, ci95=float("nan")))
     assert Ledger(tmp_path / "ledger.jsonl").trial(0).result.ci95 is None
+
+
+def test_a_full_disk_leaves_no_half_of_a_line(tmp_path):
+    """A real limit of the operating system, in a process of its own."""
+    path = tmp_path / "ledger.jsonl"
+    written(path)
+    before = path.read_bytes()
+    code = f"""
+import resource, signal
+from pathlib import Path
+from imaml_dist.sweeps.ledger import Ledger, Result
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 30}, {len(before) + 30}))
+ledger = Ledger(Path({str(path)!r}))
+try:
+    ledger.end(1, "finished", Result())
+except OSError:
+    assert ledger.trial(1).status == "running"
+else:
+    raise SystemExit("nothing was said")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+    assert path.read_bytes() == before
+    Ledger(path).end(1, "finished", RESULT)
+    assert Ledger(path).trial(1).status == "finished"

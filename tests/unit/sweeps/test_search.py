@@ -95,3 +95,15 @@ def test_the_best_is_the_most_accurate_and_of_equal_ones_the_first(sweep):
     assert best_of(trials[1:2]) is None
     found = outcome(sweep, trials, {"fingerprint": "f"}, None)
     assert (found["best"], found["median_accuracy"], found["baseline"], found["test"]) == (2, 0.8, True, None)
+
+
+def test_values_that_do_not_go_together_are_a_failed_trial_and_not_the_end(search, monkeypatch):
+    """Only a searcher that sees results comes to some values, long after all others were checked."""
+    found = search()
+    proposed = iter([{"algorithm.lam": 0.1}, {"run.tasks_per_step": 4, "run.chunk": 8}, {"algorithm.lam": 1.0}])
+    monkeypatch.setattr(found, "_values", lambda number: next(proposed))
+    assert [found.next().number, found.next().number] == [0, 2]
+    failed = found.ledger.trial(1)
+    assert failed.status == "failed"
+    assert "chunk" in failed.why
+    assert search().next().number == 0, "what goes on is not stopped by it either"
