@@ -1,0 +1,125 @@
+"""A job of a cluster as a future: whether it is done, what came of it, its logs, and its end before its time."""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from concurrent.futures import CancelledError
+from dataclasses import dataclass
+from enum import StrEnum
+
+from imaml_dist.errors import ClusterError
+
+POLL_S = 1.0
+
+
+class JobStatus(StrEnum):
+    """Where a job is; the last three are ends."""
+
+    PENDING = "PENDING"
+    RUNNING = "RUNNING"
+    SUCCEEDED = "SUCCEEDED"
+    FAILED = "FAILED"
+    STOPPED = "STOPPED"
+
+    @property
+    def is_over(self) -> bool:
+        """Whether nothing more will come of it."""
+        return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+@dataclass(frozen=True)
+class JobState:
+    """What a cluster says about a job.
+
+    Args:
+        status: where it is.
+        exit_code: of its command, 0 to 255; None before its end, and if the command never ran or was stopped.
+        message: the cluster's own words.
+        run_dir: where its run is kept; empty for a job that is none of ours.
+        started: seconds since 1970; None if not known.
+    """
+
+    status: JobStatus
+    exit_code: int | None = None
+    message: str = ""
+    run_dir: str = ""
+    started: float | None = None
+
+
+class JobHandle(ABC):
+    """One job; the verbs are those of `concurrent.futures.Future`. Letting go of it does nothing to the job.
+
+    Args:
+        id: the cluster's name for it.
+    """
+
+    def __init__(self, id: str) -> None:
+        self.id = id
+
+    @abstractmethod
+    def state(self) -> JobState:
+        """What the cluster says about it now.
+
+        Raises:
+            InputError: there is no such job.
+            ClusterError: the cluster cannot be reached, or refuses.
+        """
+
+    @abstractmethod
+    def logs(self, follow: bool = False) -> Iterator[str]:
+        """Its output in pieces, each character once.
+
+        Args:
+            follow: until the job is over, however often the connection is lost; else what there is now.
+
+        Raises:
+            ClusterError: the cluster cannot be reached for a minute.
+        """
+
+    @abstractmethod
+    def cancel(self) -> bool:
+        """Ask for its end; the command has a minute to save its state.
+
+        Returns:
+            Whether it was not over yet.
+        """
+
+    def status(self) -> JobStatus:
+        """Where it is."""
+        return self.state().status
+
+    def done(self) -> bool:
+        """Whether it is over, in one way or another."""
+        return self.status().is_over
+
+    @property
+    def exit_code(self) -> int | None:
+        """Of its command; None before its end, and if there is none."""
+        return self.state().exit_code
+
+    def result(self, timeout: float | None = None) -> int:
+        """Wait for the end.
+
+        Args:
+            timeout: seconds, at least 0; None waits as long as it takes.
+
+        Returns:
+            The exit code of its command, whatever it is.
+
+        Raises:
+            TimeoutError: it is not over by then.
+            CancelledError: it was stopped.
+            ClusterError: its command could not be run, or was lost.
+        """
+        deadline = None if timeout is None else time.monotonic() + timeout
+        while not (state := self.state()).status.is_over:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimeoutError(f"job {self.id} is {state.status} after {timeout} s")
+            time.sleep(POLL_S if deadline is None else max(0.0, min(POLL_S, deadline - time.monotonic())))
+        if state.status is JobStatus.STOPPED:
+            raise CancelledError(f"job {self.id} was stopped")
+        if state.exit_code is None:
+            raise ClusterError(f"job {self.id} ended without its command: {state.message or 'no reason was given'}")
+        return state.exit_code
