@@ -24,6 +24,11 @@ ROOT = Path(__file__).parents[1]
 CONFIG = ROOT / "pipelines" / "configs" / "glyphs.yaml"
 DATA, RUN = "s3://$IMAML_BUCKET/data/glyphs", "s3://$IMAML_BUCKET/runs/glyphs"
 TRAIN = f"imaml train {CONFIG_FILE} --set data.url={DATA} --run-dir {RUN}"
+SWEEPS = "/var/imaml"
+SWEEP = (
+    f"imaml sweep /home/ray/pipelines/configs/sweep_lambda_cg.yaml --set base.data.url={DATA} --set base.run.device=cpu "
+    f"--sweep-dir {SWEEPS}/lambda-cg"
+)
 IN_SECRET = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "IMAML_BUCKET")
 
 
@@ -43,6 +48,7 @@ def base(image_name: str) -> dict[str, dict[str, Any]]:
         "evaluate": (f"imaml evaluate {RUN} --split test --tasks 600", alone),
     }
     made = {name: _job(name, command, text, wanted, options) for name, (command, wanted) in commands.items()}
+    made["sweep"] = _with_sweeps(_job("sweep", SWEEP, text, Needs(2, 2, 1), options))
     cluster = _job("dev", "", text, Needs(0, 2, 1), options)
     made["cluster"] = _staged(cluster | {"kind": "RayCluster", "spec": cluster["spec"]["rayClusterSpec"]}, "cluster")
     return {f"{name}.yaml": document for name, document in made.items()}
@@ -78,6 +84,16 @@ def _job(name: str, command: str, config: str, wanted: Needs, options: KubeOptio
     made = rayjob(Run(name, (), config, wanted), options)
     made["spec"]["entrypoint"] = command
     return _staged(made, name)
+
+
+def _with_sweeps(job: dict[str, Any]) -> dict[str, Any]:
+    """A sweep is kept in a folder that all nodes see, a volume here: its trials are runs on several of them."""
+    cluster = job["spec"]["rayClusterSpec"]
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        pod["volumes"].append({"name": "sweeps", "persistentVolumeClaim": {"claimName": "sweeps"}})
+        pod["containers"][0]["volumeMounts"].append({"name": "sweeps", "mountPath": SWEEPS})
+    return job
 
 
 def _staged(document: dict[str, Any], stage: str) -> dict[str, Any]:

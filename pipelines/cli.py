@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -12,7 +14,7 @@ from imaml_dist.errors import InputError
 from pipelines import console
 from pipelines.cli_jobs import jobs_app
 from pipelines.cli_prepare import Anonymous, Endpoint, RetrySeconds, prepare_app, storage_of
-from pipelines.exit_codes import INTERRUPTED, exit_codes, leave_if_interrupted, show_tracebacks
+from pipelines.exit_codes import INTERRUPTED, exit_codes, state
 
 app = typer.Typer(
     name="imaml",
@@ -30,7 +32,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 @app.callback()
 def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
     """Options of every command."""
-    show_tracebacks(debug)
+    state.debug = debug
 
 
 @app.command()
@@ -50,6 +52,9 @@ def train(
     seeds: Annotated[
         int, typer.Option(min=1, help="Train under so many seeds, from run.seed on, each in RUN/seed-<seed>.")
     ] = 1,
+    mlflow_parent: Annotated[
+        str | None, typer.Option(hidden=True, help="MLflow run above this one, a sweep's.")
+    ] = None,
 ) -> None:
     """Meta-train, meta-test and report. The same command again resumes."""
     with exit_codes(orderly=True):
@@ -59,7 +64,7 @@ def train(
         overrides = [*(set_ or []), *([f"run.backend={backend}"] if backend else [])]
         overrides += ["run.profile=10"] if profile else []
         arguments = (config, overrides, run_dir, fresh)
-        if not (run_training(*arguments) if seeds == 1 else train_seeds(*arguments, seeds)):
+        if not (run_training(*arguments, mlflow_parent) if seeds == 1 else train_seeds(*arguments, seeds)):
             raise typer.Exit(INTERRUPTED)
 
 
@@ -209,7 +214,10 @@ def main() -> None:
     try:
         app()
     finally:
-        leave_if_interrupted()
+        if state.leave_at_once:  # Python would wait for threads that still fetch, for as long as storage has patience
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(INTERRUPTED)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""`imaml prepare ...`: the arguments of its commands, and the options that concern data sets."""
+"""`imaml prepare ...`: raw images -> class-record shards."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ Fresh = Annotated[bool, typer.Option("--fresh", help="Prepare again what is ther
 Anonymous = Annotated[bool, typer.Option("--anonymous", help="Sign no requests, for public buckets.")]
 
 
+def storage_of(url: str, endpoint: str | None, anonymous: bool, retry_seconds: float) -> Storage:
+    """The storage that a command's options describe."""
+    return open_storage(url, StorageOptions(endpoint=endpoint, anonymous=anonymous, retry_seconds=retry_seconds))
+
+
 def _seed(seed: int) -> int:
     if not 0 <= seed < 2**64:
         raise InputError(f"--seed: {seed} given, seeds are 0 to 2^64 - 1")
     return seed
-
-
-def storage_of(url: str, endpoint: str | None, anonymous: bool, retry_seconds: float) -> Storage:
-    """The data set at a URL, as the options of a command say."""
-    return open_storage(url, StorageOptions(endpoint=endpoint, anonymous=anonymous, retry_seconds=retry_seconds))
 
 
 @prepare_app.command("glyphs")

@@ -13,11 +13,15 @@ from pipelines.summary import is_finished
 from pipelines.tracking import finish_tracking, mlflow_run
 
 
-def sync(path: str | Path) -> None:
+def sync(path: str | Path, say: bool = True) -> None:
     """Send the remaining metrics and the run's files, and close the MLflow run.
 
     A run whose process was killed cannot have said so itself: it becomes KILLED here, or FAILED if it noted that it did, and
     RUNNING again when it is resumed.
+
+    Args:
+        path: run directory.
+        say: print what became of it.
 
     Raises:
         InputError: no such run, or it is being trained.
@@ -32,7 +36,8 @@ def sync(path: str | Path) -> None:
         tracker = mlflow_run(config, run, open_dataset(config))
         status = "FINISHED" if is_finished(config, run) else tracker.intended or _noted(run)
         finish_tracking(tracker, run, status)
-    console.out.print(f"MLflow run {tracker.identity}: {status}", soft_wrap=True)
+    if say:
+        console.out.print(f"MLflow run {tracker.identity}: {status}", soft_wrap=True)
 
 
 def _noted(run: RunDirectory) -> str:

@@ -35,6 +35,7 @@ from pipelines import console, kernels
 from pipelines.evaluate import evaluate_run
 from pipelines.summary import versions
 from pipelines.sweep_table import SweepTable, show_outcome
+from pipelines.sweep_tracking import SweepTracking, server
 
 POLL_S = 0.5
 
@@ -73,10 +74,19 @@ def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: b
             return resolve(config, cuda=torch.cuda.is_available(), native=native)
 
         search = Search(asked, ledger, directory, resolved, trials)
-        if search.left and not _train(search, need_of([resolved(one) for one in possible])):
-            console.err.print(f"interrupted; the same command goes on with the sweep: {directory.path}", soft_wrap=True)
-            return False
-        _conclude(search, dataset, hashlib.sha256(content).hexdigest())
+        tracking = SweepTracking(search)
+        status, found = "FAILED", None
+        try:
+            if search.left and not _train(search, need_of([resolved(one) for one in possible]), tracking.begin()):
+                status = "KILLED"
+                console.err.print(
+                    f"interrupted; the same command goes on with the sweep: {directory.path}", soft_wrap=True
+                )
+                return False
+            found = _conclude(search, dataset, hashlib.sha256(content).hexdigest())
+            status = "FINISHED"
+        finally:
+            tracking.close(status, found)
     return True
 
 
@@ -91,7 +101,7 @@ def _check_data(possible: Sequence[ExperimentConfig], dataset: Dataset) -> None:
             make_learner(resolve(config, cuda=False, native=lambda: False), dataset.index.image_shape)
 
 
-def _train(search: Search, need: Need) -> bool:
+def _train(search: Search, need: Need, parent: str) -> bool:
     """Whether all trials have ended; False after a request to stop."""
     asked = search.sweep.config.max_concurrent
     wanted = 1 if asked == "auto" else min(asked, search.left)
@@ -111,8 +121,8 @@ def _train(search: Search, need: Need) -> bool:
             + (f"{need.most} worker(s) on Ray" if need.on_ray else "one process"),
             soft_wrap=True,
         )
-        command = [sys.executable, "-m", "pipelines.trial"]
-        tuning = _Tuning(lambda: tune_on_ray(search, need, at_a_time, command))
+        command = [sys.executable, "-m", "pipelines.trial", parent]
+        tuning = _Tuning(lambda: tune_on_ray(search, need, at_a_time, command, server()))
         thread = threading.Thread(target=tuning, name="tune", daemon=True)
         with _stop_on_signals(search.directory), SweepTable(search) as table:
             thread.start()
@@ -163,7 +173,7 @@ def _stop_on_signals(directory: SweepDirectory) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _conclude(search: Search, dataset: Dataset, validation: str) -> None:
+def _conclude(search: Search, dataset: Dataset, validation: str) -> dict[str, Any]:
     """Write down what came out, test the best trial, and show it all."""
     directory, base, trials = search.directory, search.sweep.base(), search.ledger.trials
     best = best_of(trials)
@@ -180,6 +190,7 @@ def _conclude(search: Search, dataset: Dataset, validation: str) -> None:
 
     write_sweep_report(directory.path)
     show_outcome(found, directory)
+    return found
 
 
 def _tested(search: Search, best: Trial, base: ExperimentConfig, dataset: Dataset) -> dict[str, Any] | None:

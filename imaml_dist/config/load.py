@@ -125,14 +125,15 @@ def to_yaml(config: ExperimentConfig) -> str:
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
     """Every field under its dotted path, as `--set` would name it."""
-    return _flat(config.model_dump(by_alias=True))
+    return flat(config.model_dump(by_alias=True))
 
 
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """A nested mapping's values under their dotted paths."""
+    found: dict[str, Any] = {}
     for key, below in value.items():
-        flat |= _flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
-    return flat
+        found |= flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
+    return found
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -43,8 +43,9 @@ class TrialCrashedError(ImamlError):
 class TrialKeeper(Trainable):  # type: ignore[misc]
     """Keeps one trial until it is trained, or is stopped.
 
-    Its configuration is `{number, run, log, stop, command, cwd, on_ray}`: the trial's number, its run directory, where its process's
-    words go, the file that asks all trials to stop, the command and its working directory, and whether it starts workers on Ray.
+    Its configuration is `{number, run, log, stop, command, cwd, on_ray, environment}`: the trial's number, its run directory, where its
+    process's words go, the file that asks all trials to stop, the command and its working directory, whether it starts workers on
+    Ray, and what its environment has besides the node's.
     Every step ends with a result `{number, meta_steps, val_accuracy, val_ci95}`; the last one has `done` and an `outcome`:
     `finished`, `interrupted` or `failed` (with `why`).
     """
@@ -70,7 +71,7 @@ class TrialKeeper(Trainable):  # type: ignore[misc]
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 cwd=config["cwd"],
-                env=_environment(config["on_ray"]),
+                env=_environment(config["on_ray"]) | config["environment"],
                 start_new_session=True,
             )
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,7 +53,7 @@ def need_of(configs: list[ExperimentConfig]) -> Need:
     return Need(fewest, most, each, on_ray)
 
 
-def tune_on_ray(search: Search, need: Need, at_a_time: int, command: list[str]) -> None:
+def tune_on_ray(search: Search, need: Need, at_a_time: int, command: list[str], environment: Mapping[str, str]) -> None:
     """Train all trials that are left, on the Ray cluster this process is connected to.
 
     Call it outside of the main thread if signals shall be one's own: Tune takes over SIGINT otherwise.
@@ -62,6 +63,7 @@ def tune_on_ray(search: Search, need: Need, at_a_time: int, command: list[str]) 
         need: of a trial.
         at_a_time: trials.
         command: that trains; a configuration, a run directory and the keeper's process id are added.
+        environment: of that command, besides the node's own; nothing secret, for Ray keeps it.
 
     Raises:
         ClusterError: Ray itself gave up. The same sweep can go on.
@@ -96,6 +98,7 @@ def tune_on_ray(search: Search, need: Need, at_a_time: int, command: list[str]) 
             "command": [*command, config_file, run],
             "cwd": os.getcwd(),
             "on_ray": need.on_ray,
+            "environment": dict(environment),
         }
 
     scheduler = make_scheduler(config.scheduler, search.longest)

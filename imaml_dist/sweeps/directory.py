@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from imaml_dist.config.load import read_mapping, to_yaml
+from imaml_dist.config.load import flat, read_mapping, to_yaml
 from imaml_dist.config.load_sweep import Sweep, sweep_yaml
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.errors import ConfigError, InputError
@@ -36,6 +36,7 @@ class SweepDirectory:
         self.outcome_file = path / "sweep.json"
         self.best_file = path / "best.yaml"
         self.report_file = path / "report.html"
+        self.mlflow_file = path / "mlflow.json"
         self.stop_file = path / "stop"
         self.trials = path / "trials"
         self.configs = path / "configs"
@@ -114,7 +115,7 @@ class SweepDirectory:
 
     def _check_same(self, sweep: Sweep) -> None:
         before, after = (
-            _flat(found) | {"order of space": ", ".join(found["space"])}  # which that of a grid's points follows
+            flat(found) | {"order of space": ", ".join(found["space"])}  # which that of a grid's points follows
             for found in (read_mapping(self.sweep_file), sweep.resolved())
         )
         for field in sorted(before.keys() | after.keys()):
@@ -124,10 +125,3 @@ class SweepDirectory:
                     f"that goes on may only change {', '.join(CHANGEABLE)}; restore the old value, choose another --sweep-dir, or start "
                     "over with --fresh"
                 )
-
-
-def _flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, below in value.items():
-        flat |= _flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
-    return flat

@@ -99,12 +99,14 @@ class Search:
 
     def _decided(self, trial: Trial) -> dict[str, Any]:
         """What the sweep decides for a trial, besides its values."""
+        base = self.sweep.base()
         return {
             "name": f"{self.sweep.config.name}-{trial.name}",
             "validate.tasks": self.sweep.config.validation.tasks,
             "validate.manifest": str(self.directory.validation_file.resolve()),
             "evaluate.tasks": 0,
-            "tracking.mlflow": False,  # `sweep.json` is where a sweep is tracked
+            "tracking.experiment": base.tracking.experiment or base.name,  # one for all trials
+            "tracking.register": None,
         }
 
     def _tasks(self, trial: Trial) -> int:

@@ -44,6 +44,12 @@ _BATCH = 1000
 _POLL_S, _LONGEST_WAIT_S = 2.0, 8.0
 
 
+def ended_as(run: Path) -> str | None:
+    """The status that a run last wished to end with, whether or not MLflow heard of it; None if it could not say."""
+    status: str | None = MlflowLink(run).recall("status")
+    return status
+
+
 class MlflowRun:
     """What a run directory tells its MLflow run.
 

@@ -38,6 +38,12 @@ def documents(overlay: str) -> list[dict[str, Any]]:
     return list(yaml.load_all(rendered(overlay), Loader=yaml.CSafeLoader))
 
 
+def of_job(overlay: str, name: str) -> dict[str, Any]:
+    """One RayJob of an overlay."""
+    (job,) = [d for d in documents(overlay) if d["kind"] == "RayJob" and d["metadata"]["name"] == name]
+    return job
+
+
 def a_rayjob(needs: Needs | None = None, name: str = "tiny", **options: Any) -> dict[str, Any]:
     command = ("imaml", "train", "/etc/imaml/config.yaml", "--run-dir", "s3://b/runs/tiny")
     run = Run(name, command, "name: tiny\n", needs or Needs(2, 2, 1))

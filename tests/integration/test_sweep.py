@@ -14,6 +14,7 @@ import yaml
 from helpers.command import ROOT, Command, imaml, imaml_here
 from helpers.ray_cluster import clean_environment, ray_cluster
 from helpers.runs import raw_config
+from mlflow import MlflowClient
 
 from imaml_dist.config.load import build_config
 from imaml_dist.config.load_sweep import load_sweep
@@ -343,3 +344,29 @@ def test_ctrl_c_ends_with_checkpoints_and_the_same_command_goes_on(data, tmp_pat
     code, output = imaml(*words, cwd=tmp_path)
     assert code == 0, output
     assert [row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]] == ["finished"] * 2
+
+
+def test_mlflow_has_the_sweep_above_its_trials_and_every_point_once(data, tmp_path):
+    path = write_sweep(tmp_path, data, base=base(data, STEPS) | {"tracking": {"mlflow": True}}, budget={"trials": 2})
+    code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path)
+    assert code == 0, output
+    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    assert experiment.name == "tiny", "that of the problem"
+    runs = client.search_runs([experiment.experiment_id])
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    children = [run for run in runs if run is not parent]
+    assert [run.data.tags["mlflow.parentRunId"] for run in children] == [parent.info.run_id] * 2
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert parent.data.metrics["best/val_accuracy"] == found["trials"][found["best"]]["accuracy"]
+    assert parent.data.metrics["trials/finished"] == 2
+    assert parent.data.params["space.algorithm.lam.low"] == "0.05"
+    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
+        "sweep.json",
+        "best.yaml",
+        "report.html",
+    }
+    for child in children:
+        history = client.get_metric_history(child.info.run_id, "meta/loss")
+        assert sorted(point.step for point in history) == list(range(STEPS))

@@ -71,7 +71,7 @@ def test_a_trial_is_trained_with_its_values_on_the_frozen_tasks_and_is_not_teste
     trial = found.next()
     config = load_config(found.directory.config_file(trial))
     assert (config.name, config.run.steps, config.algorithm.lam) == ("s-0001", 30, trial.values["algorithm.lam"])
-    assert (config.validation.tasks, config.evaluate.tasks, config.tracking.mlflow) == (7, 0, False)
+    assert (config.validation.tasks, config.evaluate.tasks) == (7, 0)
     assert config.validation.manifest == str(found.directory.validation_file.resolve())
 
 
