@@ -98,14 +98,9 @@ def staged(folder: Path, files: Mapping[str, str]) -> Iterator[Path]:
     """A folder that holds what another one holds, and more files, as long as the context lasts.
 
     Args:
-        folder: nothing is written there.
+        folder: exists; nothing is written there.
         files: name -> text; a file of that name in the folder is hidden by it.
-
-    Raises:
-        InputError: the folder is missing.
     """
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder, so it cannot go with the job; name one that exists")
     with TemporaryDirectory() as made:
         for entry in folder.resolve().iterdir():
             if entry.name not in files:

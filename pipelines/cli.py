@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from imaml_dist.errors import InputError
+from imaml_dist.errors import InputError, OutsideError
 from pipelines import console
 from pipelines.cli_jobs import jobs_app
 from pipelines.cli_prepare import Anonymous, Endpoint, RetrySeconds, prepare_app, storage_of
@@ -207,6 +207,26 @@ def mlflow_sync(run: Run) -> None:
         from pipelines.mlflow_sync import sync
 
         sync(run)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Configuration file, whose needs are looked at, too.", show_default=False)
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Where a run is to be kept; is written to, once.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of a Ray cluster's dashboard: http://head:8265."),
+    ] = None,
+) -> None:
+    """Check Python, devices, Ray, storage, MLflow and Kubernetes, and say how to mend what is wrong."""
+    with exit_codes():
+        from pipelines.doctor import doctor as examine
+
+        if not examine(config, set_ or [], run_dir, address):
+            raise typer.Exit(OutsideError.exit_code)
 
 
 def main() -> None:

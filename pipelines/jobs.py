@@ -98,7 +98,7 @@ def follow_to_end(job: JobHandle, address: str) -> int:
         return INTERRUPTED
     if code == NOT_FOUND:
         raise ClusterError(
-            f"job {job.id}: the cluster's head finds no imaml; install this version of imaml_dist there, and have it on the PATH of `ray start`"
+            f"job {job.id}: the cluster's head finds no imaml; install imaml_dist there, on the PATH that `ray start` is given"
         )
     if code:
         console.err.print(f"job {job.id} failed with exit code {code}", soft_wrap=True)

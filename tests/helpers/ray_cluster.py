@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class RayCluster:
-    """`env` is what a command needs to reach it."""
+    """`env` is what a command needs to reach it; `pid` is of the process that all of its processes descend from."""
 
     def __init__(self, process: subprocess.Popen, env: dict[str, str]) -> None:
-        self._process, self.env = process, env
+        self._process, self.env, self.pid = process, env, process.pid
 
     def order(self, word: str) -> str:
         self._process.stdin.write(word + "\n")
@@ -45,15 +45,16 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_cluster(nodes: int, **faults: str) -> Iterator[RayCluster]:
+def ray_cluster(nodes: int, dashboard: int | None = None, **faults: str) -> Iterator[RayCluster]:
     """A head without CPUs and so many nodes with one each; all of it is gone after the block.
 
     Args:
+        dashboard: port of one, which makes all of the cluster keep to the loopback address; None for none.
         faults: more environment of the nodes, and of no client.
     """
     env = settings()
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *([] if dashboard is None else [str(dashboard)])],
         env={**clean_environment(), "PYTHONPATH": str(ROOT), **env, **faults},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -73,15 +74,17 @@ def ray_cluster(nodes: int, **faults: str) -> Iterator[RayCluster]:
 def _serve() -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
+    own = {"object_store_memory": 80 << 20}
+    head = {"num_cpus": 0, "include_dashboard": False}
+    if len(sys.argv) > 1:
+        own["node_ip_address"] = "127.0.0.1"
+        head |= {"include_dashboard": True, "dashboard_port": int(sys.argv[1])}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, **own})
     nodes = []
     for line in sys.stdin:
         match line.strip():
             case "add":
-                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
+                nodes.append(cluster.add_node(num_cpus=1, **own))
                 cluster.wait_for_nodes()
             case "lose":
                 cluster.remove_node(nodes.pop(), allow_graceful=False)
