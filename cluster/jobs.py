@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Protocol
 
 from imaml_dist.errors import ClusterError
 
@@ -27,6 +28,10 @@ class JobStatus(StrEnum):
     def is_over(self) -> bool:
         """Whether nothing more will come of it."""
         return self in (JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.STOPPED)
+
+
+TO_BE_REPEATED = (JobStatus.FAILED, JobStatus.STOPPED)
+"""Ends after which the same submission is a new job, which goes on where this one ended."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +85,7 @@ class JobHandle(ABC):
 
     @abstractmethod
     def cancel(self) -> bool:
-        """Ask for its end; the command has a minute to save its state.
+        """Ask for its end; the command has some time to save its state.
 
         Returns:
             Whether it was not over yet.
@@ -123,3 +128,25 @@ class JobHandle(ABC):
         if state.exit_code is None:
             raise ClusterError(f"job {self.id} ended without its command: {state.message or 'no reason was given'}")
         return state.exit_code
+
+
+class Jobs(Protocol):
+    """Those of one cluster."""
+
+    @property
+    def options(self) -> str:
+        """Words of a command line that say which cluster."""
+        ...
+
+    def job(self, id: str) -> JobHandle:
+        """One of them.
+
+        Raises:
+            InputError: there is none of that name.
+            ClusterError: the cluster cannot be reached, or refuses.
+        """
+        ...
+
+    def all(self) -> list[tuple[str, JobState]]:
+        """Name and state of each, the oldest first."""
+        ...

@@ -14,7 +14,7 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
-from cluster.jobs import POLL_S, JobHandle, JobState, JobStatus
+from cluster.jobs import POLL_S, TO_BE_REPEATED, JobHandle, JobState, JobStatus
 from cluster.ray_dashboard import RayDashboard, is_away
 from cluster.runtime_env import runtime_env, staged
 from imaml_dist.errors import ClusterError, InputError
@@ -30,7 +30,6 @@ RUN_DIR = "imaml_run_dir"
 """In a job's metadata."""
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-_TO_BE_REPEATED = (JobStatus.FAILED, JobStatus.STOPPED)
 _SIGNALLED = 128
 _TRIES = 10
 
@@ -68,7 +67,12 @@ class Submission:
 
 
 class RayJobs(RayDashboard):
-    """The jobs of one cluster; see `RayDashboard`."""
+    """The jobs of one cluster; see `RayDashboard` and `Jobs`."""
+
+    @property
+    def options(self) -> str:
+        """See `Jobs`."""
+        return f"--address {self.address}"
 
     def submit(self, job: Submission, environment: Mapping[str, str] = os.environ) -> tuple[JobHandle, bool]:
         """Run it, unless it runs or has succeeded already. After one that failed or was stopped comes `<id>-2`, and so on.
@@ -87,7 +91,7 @@ class RayJobs(RayDashboard):
         for _ in range(_TRIES):  # another submission of the same job may come first, whose job is ours then
             there = {found.submission_id: found for found in self.ask(self.client.list_jobs)}
             names = (job.id if n == 1 else f"{job.id}-{n}" for n in count(1))
-            name = next(n for n in names if n not in there or _state(there[n]).status not in _TO_BE_REPEATED)
+            name = next(n for n in names if n not in there or _state(there[n]).status not in TO_BE_REPEATED)
             if name not in there:
                 if self._begun(name, job, environment):
                     return RayJob(self, name), True
@@ -101,17 +105,13 @@ class RayJobs(RayDashboard):
         raise ClusterError(f"{self.address} does not take job {job.id}; look whether it is there, and try again")
 
     def job(self, id: str) -> JobHandle:
-        """One of them.
-
-        Raises:
-            InputError: there is none.
-        """
+        """See `Jobs`."""
         found = RayJob(self, id)
         found.state()
         return found
 
     def all(self) -> list[tuple[str, JobState]]:
-        """Id and state of every job that was submitted, the oldest first."""
+        """See `Jobs`."""
         found = [(d.submission_id, _state(d)) for d in self.ask(self.client.list_jobs) if d.submission_id]
         return sorted(found, key=lambda one: one[1].started or 0.0)
 

@@ -132,22 +132,26 @@ def submit(
         Path | None, typer.Option("--options", help="File of options of Kubernetes; see docs/kubernetes.md.")
     ] = None,
 ) -> None:
-    """Train as a job of a Ray cluster, or print the manifest of a run on Kubernetes."""
+    """Train as a job of a Ray cluster, or as a RayJob on Kubernetes. The same again follows or resumes."""
     with exit_codes():
-        if k8s and dry_run:
-            from pipelines.submit import manifest
+        given = {name: value for name, value in (("image", image), ("namespace", namespace)) if value is not None}
+        kube = (config, set_ or [], run_dir, options_file, given)
+        if dry_run and k8s:
+            from cluster.kuberay import to_yaml
+            from pipelines.submit import rayjob
 
-            given = {name: value for name, value in (("image", image), ("namespace", namespace)) if value is not None}
-            typer.echo(manifest(config, set_ or [], run_dir, options_file, given), nl=False)
+            typer.echo(to_yaml(rayjob(*kube)), nl=False)
             return
-        if k8s or address is None:
+        if dry_run or not (k8s or address):
             raise InputError(
-                "imaml submit needs --address http://head:8265 of a Ray cluster, or prints a manifest: --k8s --dry-run, to be piped into "
-                "kubectl apply -f -"
+                "which cluster is not said; give --address http://head:8265 of a Ray dashboard, or --k8s, which --dry-run makes a manifest"
             )
-        from pipelines.jobs import submit as submit_job
+        from pipelines.jobs import submit_to_kubernetes, submit_to_ray
 
-        raise typer.Exit(submit_job(config, set_ or [], run_dir, address, id_, working_dir, not no_follow))
+        if k8s:
+            raise typer.Exit(submit_to_kubernetes(*kube, not no_follow))
+        assert address is not None
+        raise typer.Exit(submit_to_ray(config, set_ or [], run_dir, address, id_, working_dir, not no_follow))
 
 
 @app.command("freeze-tasks")

@@ -1,18 +1,20 @@
-"""`imaml submit --address` and `imaml jobs`: training as a job of a Ray cluster, and what becomes of it."""
+"""`imaml submit` and `imaml jobs`: training as a job of a Ray cluster or of Kubernetes, and what becomes of it."""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
 
-from cluster.jobs import JobHandle, JobState, JobStatus
+from cluster.jobs import JobHandle, Jobs, JobState, JobStatus
+from cluster.kube_jobs import KubeJobs
 from cluster.kuberay import job_name
 from cluster.ray_jobs import STOP_S, RayJobs, Submission
 from imaml_dist.config.load import load_config, to_yaml
@@ -21,15 +23,33 @@ from imaml_dist.errors import ClusterError, ConfigError, InputError
 from imaml_dist.storage.opening import S3
 from pipelines import console
 from pipelines.exit_codes import INTERRUPTED
+from pipelines.submit import rayjob
 
 CONFIG_FILE = "imaml-config"
 """In the job's folder; without an ending, for a .gitignore may keep all files of one at home."""
+
+CANCEL_S = STOP_S + 30.0
+"""How long a job that is asked to end may take."""
 
 NOT_FOUND = 127
 """Exit code of a shell that finds no such command."""
 
 
-def submit(
+def jobs_of(address: str | None, k8s: bool, namespace: str) -> Jobs:
+    """Those of the cluster that options of a command name.
+
+    Raises:
+        InputError: they name none, or two.
+        ClusterError: it cannot be reached, or refuses.
+    """
+    if k8s:
+        return KubeJobs(namespace)
+    if address is None:
+        raise InputError("which cluster is not said; give --address http://head:8265 of a Ray dashboard, or --k8s")
+    return RayJobs(address)
+
+
+def submit_to_ray(
     config_path: Path,
     overrides: Sequence[str],
     run_dir: str,
@@ -38,7 +58,7 @@ def submit(
     working_dir: Path,
     follow: bool,
 ) -> int:
-    """Train on a cluster. The same again follows the job there is, or goes on where one that failed has ended.
+    """Train on a Ray cluster. The same again follows the job there is, or goes on where one that failed has ended.
 
     Args:
         config_path: configuration file.
@@ -63,20 +83,39 @@ def submit(
     id = id or f"{job_name(config.name)}-{identity[:8]}"
     command = ("imaml", "train", CONFIG_FILE, "--run-dir", run_dir)
     wanted = Submission(id, command, identity, run_dir, working_dir, {CONFIG_FILE: text})
+    jobs = RayJobs(address)
+    return _submitted(jobs, lambda: jobs.submit(wanted), id, follow)
+
+
+def submit_to_kubernetes(
+    config_path: Path,
+    overrides: Sequence[str],
+    run_dir: str,
+    options_path: Path | None,
+    given: dict[str, Any],
+    follow: bool,
+) -> int:
+    """Train as a RayJob of KubeRay; else as `submit_to_ray`, with the options of `pipelines.submit.rayjob`."""
+    manifest = rayjob(config_path, overrides, run_dir, options_path, given)
+    jobs = KubeJobs(manifest["metadata"]["namespace"])
+    return _submitted(jobs, lambda: jobs.submit(manifest), manifest["metadata"]["name"], follow)
+
+
+def _submitted(jobs: Jobs, act: Callable[[], tuple[JobHandle, bool]], id: str, follow: bool) -> int:
     try:
-        job, is_new = RayJobs(address).submit(wanted)
+        job, is_new = act()
         state = "submitted" if is_new else f"there already ({job.status()})"
-        console.out.print(f"job {job.id}: {state}", soft_wrap=True)
     except KeyboardInterrupt:
-        console.err.print(f"interrupted; if job {id} was submitted it goes on: {_ways(id, address)}", soft_wrap=True)
+        console.err.print(f"interrupted; if job {id} was submitted it goes on: {_ways(id, jobs)}", soft_wrap=True)
         return INTERRUPTED
+    console.out.print(f"job {job.id}: {state}", soft_wrap=True)
     if not follow:
-        console.out.print(_ways(job.id, address), soft_wrap=True)
+        console.out.print(_ways(job.id, jobs), soft_wrap=True)
         return 0
-    return follow_to_end(job, address)
+    return follow_to_end(job, jobs)
 
 
-def follow_to_end(job: JobHandle, address: str) -> int:
+def follow_to_end(job: JobHandle, jobs: Jobs) -> int:
     """Print a job's output as it comes, and how it ended; Ctrl-C lets go of it.
 
     Returns:
@@ -91,7 +130,7 @@ def follow_to_end(job: JobHandle, address: str) -> int:
             sys.stdout.flush()
         code = job.result()
     except KeyboardInterrupt:
-        console.err.print(f"job {job.id} goes on: {_ways(job.id, address)}", soft_wrap=True)
+        console.err.print(f"job {job.id} goes on: {_ways(job.id, jobs)}", soft_wrap=True)
         return INTERRUPTED
     except CancelledError as error:
         console.err.print(f"{error}; submitting it again goes on from its last checkpoint", soft_wrap=True)
@@ -105,60 +144,58 @@ def follow_to_end(job: JobHandle, address: str) -> int:
     return code
 
 
-def show_jobs(address: str) -> None:
+def show_jobs(jobs: Jobs) -> None:
     """A table of all jobs of a cluster."""
     table = Table(box=None)
     for column in ("job", "status", "exit code", "since", "run directory"):
         table.add_column(column, overflow="fold")
-    for id, state in RayJobs(address).all():
+    for id, state in jobs.all():
         table.add_row(id, *_row(state))
     console.out.print(table)
 
 
-def show_status(id: str, address: str) -> None:
+def show_status(id: str, jobs: Jobs) -> None:
     """Where one job is.
 
     Raises:
         InputError: there is no such job.
     """
-    state = RayJobs(address).job(id).state()
+    state = jobs.job(id).state()
     status, code, since, run_dir = _row(state)
     rows = {"status": status, "exit code": code, "since": since, "run directory": run_dir}
     console.table(id, rows, state.message if state.status is JobStatus.FAILED else "")
 
 
-def show_logs(id: str, address: str, follow: bool) -> int:
+def show_logs(id: str, jobs: Jobs, follow: bool) -> int:
     """The output of one job so far, or until it is over.
 
     Returns:
         0, or the exit code of a job that is followed.
     """
-    job = RayJobs(address).job(id)
+    job = jobs.job(id)
     if follow:
-        return follow_to_end(job, address)
+        return follow_to_end(job, jobs)
     for text in job.logs():
         sys.stdout.write(text)
     return 0
 
 
-def cancel(id: str, address: str) -> None:
+def cancel(id: str, jobs: Jobs) -> None:
     """Stop one job, and wait until it is.
 
     Raises:
         InputError: there is no such job.
         ClusterError: it does not end.
     """
-    job = RayJobs(address).job(id)
+    job = jobs.job(id)
     if job.cancel():
-        console.out.print(f"job {id} is asked to stop, and has {STOP_S} s to write a checkpoint", soft_wrap=True)
+        console.out.print(f"job {id} is asked to stop, and writes a checkpoint first", soft_wrap=True)
         try:
-            job.result(STOP_S + 30.0)
+            job.result(CANCEL_S)
         except CancelledError:
             pass
         except TimeoutError as error:
-            raise ClusterError(
-                f"{error} after it was asked to stop; look at the cluster's dashboard, {address}"
-            ) from error
+            raise ClusterError(f"{error} after it was asked to stop; look at the cluster's dashboard") from error
     console.out.print(f"job {id}: {job.status()}", soft_wrap=True)
 
 
@@ -167,8 +204,8 @@ def _row(state: JobState) -> tuple[str, str, str, str]:
     return str(state.status), "" if state.exit_code is None else str(state.exit_code), since, state.run_dir
 
 
-def _ways(id: str, address: str) -> str:
-    return f"imaml jobs logs {id} --follow --address {address} follows it, imaml jobs cancel {id} --address {address} stops it"
+def _ways(id: str, jobs: Jobs) -> str:
+    return f"imaml jobs logs {id} --follow {jobs.options} follows it, imaml jobs cancel {id} {jobs.options} stops it"
 
 
 def _check_reachable(config: ExperimentConfig, run_dir: str) -> None:

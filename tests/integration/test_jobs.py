@@ -14,7 +14,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from helpers.command import Command, imaml_here
+from helpers.command import ROOT, Command, imaml, imaml_here
 from helpers.gloo import free_port
 from helpers.ray_cluster import ray_cluster
 from helpers.runs import tiny, train_alone, write_config
@@ -306,3 +306,34 @@ def test_mistakes_are_found_before_anything_is_sent(folder, data, arguments, sai
     assert code == 2, output
     assert said in output and output.count("\n") == 1
     assert "CANARY" not in output
+
+
+def test_the_commands_of_the_docs_do_what_they_say(cluster, address, folder):
+    """As written, but for the address; object storage is not there, which is the job's trouble and not the submission's."""
+    page = (ROOT / "docs" / "jobs.md").read_text()
+    lines = [line for line in page.splitlines() if line.startswith("imaml ") and "--address" in line]
+    assert [shlex.split(line)[1] for line in lines] == ["submit", "jobs", "jobs", "jobs", "jobs", "doctor"]
+    for line in lines:
+        words = shlex.split(line.replace("http://head:8265", address))[1:]
+        words = [str(ROOT / word) if word.startswith("pipelines/") else word for word in words]
+        words += {"submit": ["--no-follow", "--set", "run.backend=ray"], "doctor": []}.get(words[0], [])
+        words = [word for word in words if word != "--follow"]  # until storage has no patience left
+        code, output = imaml_here(*words, cwd=folder)
+        assert code == 0, f"{line}\n{output}"
+    assert RayJobs(address).job("omniglot").done()
+
+
+def test_doctor_asks_the_cluster_and_its_dashboard(cluster, address, data, folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "400")
+    code, output = imaml_here("doctor", "--address", address, cwd=folder)
+    assert code == 0 and "as here; the token is taken" in output
+    config = write_config(folder / "tiny.yaml", data, workers=2, device="cpu", backend="ray")
+    for workers, code in ((2, 0), (3, 3)):
+        found, output = imaml(
+            "doctor", str(config), "--set", f"run.workers={workers}", cwd=folder, COLUMNS="400", **cluster.env
+        )
+        assert found == code, output
+    assert "room for 2" in output
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    code, output = imaml_here("doctor", "--address", address, cwd=folder)
+    assert code == 3 and "refuses the token of RAY_AUTH_TOKEN" in output
