@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from concurrent.futures import CancelledError
 from dataclasses import dataclass
 from enum import StrEnum
+from textwrap import shorten
 from typing import Protocol
 
 from imaml_dist.errors import ClusterError
@@ -126,7 +127,8 @@ class JobHandle(ABC):
         if state.status is JobStatus.STOPPED:
             raise CancelledError(f"job {self.id} was stopped")
         if state.exit_code is None:
-            raise ClusterError(f"job {self.id} ended without its command: {state.message or 'no reason was given'}")
+            why = shorten(state.message, 300, placeholder=" ...") or "no reason was given"
+            raise ClusterError(f"job {self.id} ended without its command: {why}; look at its logs, and submit it again")
         return state.exit_code
 
 

@@ -130,29 +130,31 @@ class KubeJobs:
 
     def find(self, name: str) -> dict[str, Any] | None:
         """The object of that name; None if there is none."""
-        from kubernetes.client.exceptions import ApiException
-
-        def get() -> dict[str, Any] | None:
-            try:
-                found: dict[str, Any] = self._objects.get_namespaced_custom_object(
-                    **self._where, name=name, _request_timeout=ANSWER_S
-                )
-                return found
-            except ApiException as error:
-                if error.status == 404 and "could not find the requested resource" not in str(error.body):
-                    return None
-                raise
-
-        return self.ask(get)
+        return self.ask(lambda: self._get(name))
 
     def delete(self, name: str) -> None:
         """Delete it with its cluster; nothing happens where there is none."""
-        if self.find(name) is not None:
-            self.ask(
-                lambda: self._objects.delete_namespaced_custom_object(
+
+        def act() -> None:
+            if self._get(name) is not None:  # else an earlier try was heard, and only its answer was lost
+                self._objects.delete_namespaced_custom_object(
                     **self._where, name=name, propagation_policy="Foreground", _request_timeout=ANSWER_S
                 )
+
+        self.ask(act)
+
+    def _get(self, name: str) -> dict[str, Any] | None:
+        from kubernetes.client.exceptions import ApiException
+
+        try:
+            found: dict[str, Any] = self._objects.get_namespaced_custom_object(
+                **self._where, name=name, _request_timeout=ANSWER_S
             )
+            return found
+        except ApiException as error:
+            if error.status == 404 and "could not find the requested resource" not in str(error.body):
+                return None
+            raise
 
     def job_logs(self, status: Mapping[str, Any]) -> str:
         """All that the command has printed, asked of the head's dashboard through Kubernetes.

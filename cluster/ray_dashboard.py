@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
@@ -101,12 +102,12 @@ class RayDashboard:
 
 
 def is_away(error: Exception) -> bool:
-    """Whether nobody answered, or only a proxy in front of them."""
+    """Whether nobody answered, or only a proxy in front of them, or a dashboard whose cluster is not up yet."""
     from requests import ConnectionError as Lost
     from requests import Timeout
 
-    gateway = isinstance(error, RuntimeError) and re.search(r"status code 50[234]", str(error))
-    return isinstance(error, (Lost, Timeout, ConnectionError)) or bool(gateway)
+    early = isinstance(error, RuntimeError) and re.search(r"status code 50[234]|No available agent", str(error))
+    return isinstance(error, (Lost, Timeout, ConnectionError)) or bool(early)
 
 
 def _checked_address(address: str) -> str:
@@ -149,6 +150,9 @@ def _named_in_environment(address: str) -> Iterator[None]:
 
 def _client_class() -> Any:
     from ray.job_submission import JobSubmissionClient
+
+    for chatty in ("ray.dashboard.modules.dashboard_sdk", "ray._private.runtime_env.packaging"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
 
     class Client(JobSubmissionClient):  # type: ignore[misc]
         """Ray's, which does not wait for ever."""

@@ -53,6 +53,10 @@ def ray_cluster(nodes: int, dashboard: int | None = None, **faults: str) -> Iter
         faults: more environment of the nodes, and of no client.
     """
     env = settings()
+    if (
+        dashboard is not None
+    ):  # Ray replaces a loopback address by the machine's own unless it believes that it cannot have several
+        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     process = subprocess.Popen(
         [sys.executable, __file__, *([] if dashboard is None else [str(dashboard)])],
         env={**clean_environment(), "PYTHONPATH": str(ROOT), **env, **faults},
@@ -78,7 +82,8 @@ def _serve() -> None:
     head = {"num_cpus": 0, "include_dashboard": False}
     if len(sys.argv) > 1:
         own["node_ip_address"] = "127.0.0.1"
-        head |= {"include_dashboard": True, "dashboard_port": int(sys.argv[1])}
+        # The head's agent would otherwise want the one port that the agent of every other cluster's head has.
+        head |= {"include_dashboard": True, "dashboard_port": int(sys.argv[1]), "dashboard_agent_listen_port": None}
     cluster = Cluster(initialize_head=True, head_node_args={**head, **own})
     nodes = []
     for line in sys.stdin:

@@ -48,7 +48,12 @@ def address(cluster, monkeypatch, tmp_path):
     """Of the dashboard, for a user who has the token and other secrets in the environment."""
     for name in [n for n in os.environ if n.startswith("RAY_")]:
         monkeypatch.delenv(name)
-    for name, value in {**CANARIES, "RAY_AUTH_TOKEN": cluster.env["RAY_AUTH_TOKEN"], "HOME": str(tmp_path)}.items():
+    for name, value in {
+        **CANARIES,
+        "RAY_AUTH_TOKEN": cluster.env["RAY_AUTH_TOKEN"],
+        "HOME": str(tmp_path),
+        "COLUMNS": "300",
+    }.items():
         monkeypatch.setenv(name, value)
     return cluster.dashboard
 
@@ -105,7 +110,7 @@ def test_the_jobs_exit_code_is_that_of_the_command_and_a_failed_job_is_tried_aga
     assert "/nowhere/data" in output and "job lost failed with exit code 2" in output
     assert "Traceback" not in output
     code, output = imaml_here("jobs", "status", "lost", "--address", address, cwd=folder)
-    assert code == 0 and "FAILED" in output and str(tmp_path / "run") in output.replace("\n", "")
+    assert code == 0 and "FAILED" in output and str(tmp_path / "run") in output
     code, output = imaml_here(*words, "--no-follow", cwd=folder)
     assert code == 0 and "job lost-2: submitted" in output
     follow = re.search(r"imaml (jobs logs lost-2 .*) follows it", output)[1]
@@ -324,7 +329,6 @@ def test_the_commands_of_the_docs_do_what_they_say(cluster, address, folder):
 
 
 def test_doctor_asks_the_cluster_and_its_dashboard(cluster, address, data, folder, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "400")
     code, output = imaml_here("doctor", "--address", address, cwd=folder)
     assert code == 0 and "as here; the token is taken" in output
     config = write_config(folder / "tiny.yaml", data, workers=2, device="cpu", backend="ray")

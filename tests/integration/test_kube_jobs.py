@@ -20,7 +20,7 @@ pytest.importorskip("kubernetes", reason="Kubernetes' client is not installed")
 CONFIG = ROOT / "pipelines" / "configs" / "omniglot.yaml"
 SUBMIT = ("submit", str(CONFIG), "--k8s", "--image", IMAGE, "--run-dir", "s3://imaml/runs/omniglot",
           "--set", "data.url=s3://imaml/data/omniglot", "--set", "run.device=cpu")  # fmt: skip
-NAME = "omniglot-5w1s"
+NAME = "omniglot"
 
 
 @pytest.fixture
@@ -28,6 +28,8 @@ def api(monkeypatch, tmp_path):
     with KubeApi() as made:
         monkeypatch.setenv("KUBECONFIG", str(made.kubeconfig(tmp_path)))
         monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "CANARY-2b1c")
+        monkeypatch.setenv("COLUMNS", "300")
+        monkeypatch.setattr(kube_jobs, "POLL_S", 0.1)
         yield made
 
 
@@ -151,7 +153,7 @@ def test_what_will_not_pass_is_one_sentence(api, tmp_path, fault, code, said):
 
 def test_a_server_that_stays_away_and_one_that_is_not_chosen(api, tmp_path, monkeypatch):
     monkeypatch.setattr(kube_jobs, "PATIENCE_S", 2.0)
-    api.faults = [("GET", "rayjobs", "drop")] * 9
+    api.faults = [("GET", "rayjobs", "drop")] * 99
     code, output = imaml_here(*SUBMIT, "--no-follow", cwd=tmp_path)
     assert code == 3 and "does not answer as it should" in output
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
