@@ -89,7 +89,9 @@ def _serve() -> None:
     for line in sys.stdin:
         match line.strip():
             case "add":
-                nodes.append(cluster.add_node(num_cpus=1, **own))
+                # Each unpacks a job's folder in a place of its own: in one place they would replace it under each other.
+                place = f"runtime_resources_{len(nodes)}"
+                nodes.append(cluster.add_node(num_cpus=1, runtime_env_dir_name=place, **own))
                 cluster.wait_for_nodes()
             case "lose":
                 cluster.remove_node(nodes.pop(), allow_graceful=False)

@@ -113,8 +113,8 @@ def test_the_jobs_exit_code_is_that_of_the_command_and_a_failed_job_is_tried_aga
     assert code == 0 and "FAILED" in output and str(tmp_path / "run") in output
     code, output = imaml_here(*words, "--no-follow", cwd=folder)
     assert code == 0 and "job lost-2: submitted" in output
-    follow = re.search(r"imaml (jobs logs lost-2 .*) follows it", output)[1]
-    assert imaml_here(*shlex.split(follow), cwd=folder)[0] == 2
+    cancel = re.search(r"imaml (jobs cancel lost-2 .*) stops it", output)[1]
+    assert imaml_here(*shlex.split(cancel), cwd=folder)[0] == 0
 
 
 def test_a_lost_connection_costs_and_repeats_nothing(cluster, address, folder):
