@@ -263,9 +263,10 @@ def test_a_cancelled_run_saves_its_state_and_the_same_command_goes_on(address, d
     assert max(done) > 0
     code, output = imaml_here(*words, "--no-follow", cwd=folder)
     assert code == 0 and f"job {id}-2: submitted" in output
-    starts = tmp_path / "run" / "starts.jsonl"
-    deadline = time.monotonic() + 90
-    while starts.read_bytes().count(b"\n") < 2 and time.monotonic() < deadline:
+    starts, again = tmp_path / "run" / "starts.jsonl", RayJobs(address).job(f"{id}-2")
+    deadline = time.monotonic() + 60
+    while starts.read_bytes().count(b"\n") < 2:
+        assert time.monotonic() < deadline and not again.done(), "".join(again.logs())
         time.sleep(0.2)
     assert json.loads(starts.read_text().splitlines()[-1])["step"] == max(done)
     assert imaml_here("jobs", "cancel", f"{id}-2", "--address", address, cwd=folder)[0] == 0
