@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from imaml_dist.errors import InputError
@@ -21,10 +23,9 @@ ALLOWED = (
 """Names of variables that may travel. Everything else stays: a list of what is secret would always lack one."""
 
 EXCLUDES = (
-    ".git/", ".venv/", "venv/", "__pycache__/", "/runs/", "/data/", "build/", "dist/", "*.egg-info/", ".mypy_cache/",
-    ".ruff_cache/", ".pytest_cache/", ".hypothesis/", ".env*", ".aws/", ".ssh/", ".netrc", "*.pem", "*.key", "mlflow.db",
+    ".?*", "venv/", "__pycache__/", "/runs/", "/data/", "build/", "dist/", "*.egg-info/", "*.pem", "*.key", "mlflow.db",
 )  # fmt: skip
-"""Of a working directory, in the language of .gitignore: large, made anew, or secret."""
+"""Of a working directory, in the language of .gitignore: whatever is hidden, and what is large, made anew, or secret."""
 
 _ALLOWED = re.compile("|".join(f"(?:{pattern})" for pattern in ALLOWED))
 _CREDENTIALS_IN_URL = re.compile(r"[a-z][a-z0-9+.-]*://[^/\s@]+@", re.IGNORECASE)
@@ -90,3 +91,20 @@ def runtime_env(
     if modules:
         described["py_modules"] = [str(folder.resolve()) for folder in modules]
     return described
+
+
+@contextmanager
+def staged(folder: Path, files: Mapping[str, str]) -> Iterator[Path]:
+    """A folder that holds what another one holds, and more files, as long as the context lasts.
+
+    Args:
+        folder: exists; nothing is written there.
+        files: name -> text; a file of that name in the folder is hidden by it.
+    """
+    with TemporaryDirectory() as made:
+        for entry in folder.resolve().iterdir():
+            if entry.name not in files:
+                (Path(made) / entry.name).symlink_to(entry)
+        for name, text in files.items():
+            (Path(made) / name).write_text(text, encoding="utf-8")
+        yield Path(made)

@@ -10,8 +10,9 @@ from typing import Annotated
 
 import typer
 
-from imaml_dist.errors import InputError
+from imaml_dist.errors import InputError, OutsideError
 from pipelines import console
+from pipelines.cli_jobs import jobs_app
 from pipelines.cli_prepare import Anonymous, Endpoint, RetrySeconds, prepare_app, storage_of
 from pipelines.exit_codes import INTERRUPTED, exit_codes, state
 
@@ -22,6 +23,7 @@ app = typer.Typer(
     help="Meta-train models with implicit gradients (iMAML), on a laptop or a Ray cluster.",
 )
 app.add_typer(prepare_app, name="prepare")
+app.add_typer(jobs_app, name="jobs")
 
 Run = Annotated[str, typer.Argument(help="Run directory: a path, file:// or s3:// URL.", show_default=False)]
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
@@ -109,7 +111,18 @@ def evaluate(
 @app.command()
 def submit(
     config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
-    run_dir: Annotated[str, typer.Option(help="Where the run is kept, and resumed from: an s3:// URL.")],
+    run_dir: Annotated[
+        str, typer.Option(help="Where the run is kept, and resumed from: s3:// URL, or a folder that all nodes share.")
+    ],
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of a Ray cluster's dashboard: http://head:8265."),
+    ] = None,
+    id_: Annotated[
+        str | None, typer.Option("--id", help="Of the job; made of configuration and run directory.")
+    ] = None,
+    working_dir: Annotated[Path, typer.Option(help="Goes with the job, but for what is hidden or ignored.")] = Path(),
+    no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for its end.")] = False,
     k8s: Annotated[bool, typer.Option("--k8s", help="As a RayJob of KubeRay.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifest and submit nothing.")] = False,
     set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
@@ -119,16 +132,26 @@ def submit(
         Path | None, typer.Option("--options", help="File of options of Kubernetes; see docs/kubernetes.md.")
     ] = None,
 ) -> None:
-    """Print the manifest of a run on Kubernetes, to be applied by kubectl."""
+    """Train as a job of a Ray cluster, or as a RayJob on Kubernetes. The same again follows or resumes."""
     with exit_codes():
-        from pipelines.submit import manifest
-
-        if not (k8s and dry_run):
-            raise InputError(
-                "imaml submit prints manifests: add --k8s --dry-run, and pipe them into kubectl apply -f -"
-            )
         given = {name: value for name, value in (("image", image), ("namespace", namespace)) if value is not None}
-        typer.echo(manifest(config, set_ or [], run_dir, options_file, given), nl=False)
+        kube = (config, set_ or [], run_dir, options_file, given)
+        if dry_run and k8s:
+            from cluster.kuberay import to_yaml
+            from pipelines.submit import rayjob
+
+            typer.echo(to_yaml(rayjob(*kube)), nl=False)
+            return
+        if dry_run or not (k8s or address):
+            raise InputError(
+                "which cluster is not said; give --address http://head:8265 of a Ray dashboard, or --k8s, which --dry-run makes a manifest"
+            )
+        from pipelines.jobs import submit_to_kubernetes, submit_to_ray
+
+        if k8s:
+            raise typer.Exit(submit_to_kubernetes(*kube, not no_follow))
+        assert address is not None
+        raise typer.Exit(submit_to_ray(config, set_ or [], run_dir, address, id_, working_dir, not no_follow))
 
 
 @app.command("freeze-tasks")
@@ -188,6 +211,26 @@ def mlflow_sync(run: Run) -> None:
         from pipelines.mlflow_sync import sync
 
         sync(run)
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Path | None, typer.Argument(help="Configuration file, whose needs are looked at, too.", show_default=False)
+    ] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", help="Override a field: section.field=value.")] = None,
+    run_dir: Annotated[str | None, typer.Option(help="Where a run is to be kept; is written to, once.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(envvar="RAY_API_SERVER_ADDRESS", help="Of a Ray cluster's dashboard: http://head:8265."),
+    ] = None,
+) -> None:
+    """Check Python, devices, Ray, storage, MLflow and Kubernetes, and say how to mend what is wrong."""
+    with exit_codes():
+        from pipelines.doctor import doctor as examine
+
+        if not examine(config, set_ or [], run_dir, address):
+            raise typer.Exit(OutsideError.exit_code)
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from imaml_dist.errors import ConfigError, InputError
 from imaml_dist.storage.opening import S3
 
 
-def manifest(
+def rayjob(
     config_path: Path, overrides: Sequence[str], run_dir: str, options_path: Path | None, given: dict[str, Any]
-) -> str:
-    """The RayJob of an experiment, as YAML.
+) -> dict[str, Any]:
+    """The RayJob of an experiment.
 
     Args:
         config_path: configuration file.
@@ -41,7 +41,7 @@ def manifest(
     made = kuberay.rayjob(_run(config, run_dir, options), options)
     if wrong := rules.broken(made):
         raise InputError("\n".join(wrong))
-    return kuberay.to_yaml(made)
+    return made
 
 
 def needs(config: ExperimentConfig, memory: float = 0.0) -> Needs:

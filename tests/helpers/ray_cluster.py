@@ -15,10 +15,10 @@ ROOT = Path(__file__).parents[2]
 
 
 class RayCluster:
-    """`env` is what a command needs to reach it."""
+    """`env` is what a command needs to reach it; `pid` is of the process that all of its processes descend from."""
 
     def __init__(self, process: subprocess.Popen, env: dict[str, str]) -> None:
-        self._process, self.env = process, env
+        self._process, self.env, self.pid = process, env, process.pid
 
     def order(self, word: str) -> str:
         self._process.stdin.write(word + "\n")
@@ -45,15 +45,20 @@ def clean_environment() -> dict[str, str]:
 
 
 @contextmanager
-def ray_cluster(nodes: int, **faults: str) -> Iterator[RayCluster]:
+def ray_cluster(nodes: int, dashboard: int | None = None, **faults: str) -> Iterator[RayCluster]:
     """A head without CPUs and so many nodes with one each; all of it is gone after the block.
 
     Args:
+        dashboard: port of one, which makes all of the cluster keep to the loopback address; None for none.
         faults: more environment of the nodes, and of no client.
     """
     env = settings()
+    if (
+        dashboard is not None
+    ):  # Ray replaces a loopback address by the machine's own unless it believes that it cannot have several
+        env["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     process = subprocess.Popen(
-        [sys.executable, __file__],
+        [sys.executable, __file__, *([] if dashboard is None else [str(dashboard)])],
         env={**clean_environment(), "PYTHONPATH": str(ROOT), **env, **faults},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
@@ -73,15 +78,20 @@ def ray_cluster(nodes: int, **faults: str) -> Iterator[RayCluster]:
 def _serve() -> None:
     from ray.cluster_utils import Cluster
 
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "include_dashboard": False, "object_store_memory": 80 << 20},
-    )
+    own = {"object_store_memory": 80 << 20}
+    head = {"num_cpus": 0, "include_dashboard": False}
+    if len(sys.argv) > 1:
+        own["node_ip_address"] = "127.0.0.1"
+        # The head's agent would otherwise want the one port that the agent of every other cluster's head has.
+        head |= {"include_dashboard": True, "dashboard_port": int(sys.argv[1]), "dashboard_agent_listen_port": None}
+    cluster = Cluster(initialize_head=True, head_node_args={**head, **own})
     nodes = []
     for line in sys.stdin:
         match line.strip():
             case "add":
-                nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80 << 20))
+                # Each unpacks a job's folder in a place of its own: in one place they would replace it under each other.
+                place = f"runtime_resources_{len(nodes)}"
+                nodes.append(cluster.add_node(num_cpus=1, runtime_env_dir_name=place, **own))
                 cluster.wait_for_nodes()
             case "lose":
                 cluster.remove_node(nodes.pop(), allow_graceful=False)

@@ -81,7 +81,7 @@ def test_what_cannot_work_is_one_sentence_and_exit_code_2(tmp_path, arguments, s
 def test_only_what_exists_is_offered(tmp_path):
     code, output = imaml_here("submit", str(CONFIG), "--run-dir", "s3://b/r", cwd=tmp_path)
     assert code == 2
-    assert "add --k8s --dry-run" in output
+    assert "--address http://head:8265" in output and "--k8s" in output
 
 
 def test_a_head_without_a_gpu_prepares_a_run_of_workers_that_have_some(data, tmp_path, monkeypatch):

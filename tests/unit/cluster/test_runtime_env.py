@@ -7,7 +7,7 @@ import pytest
 from ray._private.runtime_env.packaging import create_package
 from ray._private.runtime_env.validation import parse_and_validate_env_vars
 
-from cluster.runtime_env import may_travel, runtime_env, travelling
+from cluster.runtime_env import may_travel, runtime_env, staged, travelling
 from imaml_dist.errors import InputError
 
 CANARY = "CANARY-9d1f"
@@ -40,19 +40,38 @@ def test_a_url_with_credentials_is_refused_and_not_repeated(name):
     assert CANARY not in str(caught.value)
 
 
+def packed(folder, target):
+    """Name -> text of every file that Ray would send."""
+    create_package(str(folder), target, include_gitignore=True, excludes=runtime_env(folder, {})["excludes"])
+    with zipfile.ZipFile(target) as archive:
+        return {name: archive.read(name).decode() for name in archive.namelist() if not name.endswith("/")}
+
+
 def test_ray_leaves_behind_what_is_excluded(tmp_path):
     folder = tmp_path / "work"
     (folder / "mine").mkdir(parents=True)
     (folder / "mine" / "model.py").write_text("x = 1\n")
     for name in (".env", ".env.production", ".git/config", ".aws/credentials", ".ssh/id", ".netrc", "a/server.pem", "tls.key",
+                 ".kube/config", ".config/gcloud/x.json", "a/.docker/config.json", ".git-credentials",
                  "mlflow.db", "runs/tiny/summary.json", "data/index.json", ".venv/lib/x.py", "a/__pycache__/x.pyc"):  # fmt: skip
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(CANARY)
-    excludes = runtime_env(folder, {})["excludes"]
-    create_package(str(folder), tmp_path / "packed.zip", include_gitignore=True, excludes=excludes)
-    with zipfile.ZipFile(tmp_path / "packed.zip") as archive:
-        assert [name for name in archive.namelist() if not name.endswith("/")] == ["mine/model.py"]
+    assert packed(folder, tmp_path / "packed.zip") == {"mine/model.py": "x = 1\n"}
+
+
+def test_a_staged_folder_travels_as_the_folder_does_with_more_files(tmp_path):
+    folder = tmp_path / "work"
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "model.py").write_text("x = 1\n")
+    (folder / "own").write_text("theirs")
+    (folder / "ignored.txt").write_text(CANARY)
+    (folder / ".gitignore").write_text("*.txt\n*.yaml\n")
+    (folder / ".env").write_text(CANARY)
+    with staged(folder, {"own": "ours"}) as made:
+        assert packed(made, tmp_path / "packed.zip") == {"mine/model.py": "x = 1\n", "own": "ours"}
+    assert not made.exists()
+    assert (folder / "own").read_text() == "theirs"
 
 
 def test_modules_that_lie_elsewhere_come_along(tmp_path):
