@@ -5,8 +5,10 @@ Each word on its standard input is an order: `add` or `lose` (a node with one CP
 
 import os
 import secrets
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -76,27 +78,33 @@ def ray_cluster(nodes: int, dashboard: int | None = None, **faults: str) -> Iter
 
 
 def _serve() -> None:
+    from ray._private.utils import write_ray_address
     from ray.cluster_utils import Cluster
 
     own = {"object_store_memory": 80 << 20}
     head = {"num_cpus": 0, "include_dashboard": False}
     if len(sys.argv) > 1:
-        own["node_ip_address"] = "127.0.0.1"
+        # A job looks for its cluster's address in this folder, and in the one that is usual for the youngest cluster of the machine.
+        place = tempfile.mkdtemp(prefix="ray-", dir="/tmp")  # short, for sockets are in it
+        own |= {"node_ip_address": "127.0.0.1", "temp_dir": place}
         # The head's agent would otherwise want the one port that the agent of every other cluster's head has.
         head |= {"include_dashboard": True, "dashboard_port": int(sys.argv[1]), "dashboard_agent_listen_port": None}
     cluster = Cluster(initialize_head=True, head_node_args={**head, **own})
+    if len(sys.argv) > 1:
+        write_ray_address(cluster.gcs_address, place)
     nodes = []
     for line in sys.stdin:
         match line.strip():
             case "add":
                 # Each unpacks a job's folder in a place of its own: in one place they would replace it under each other.
-                place = f"runtime_resources_{len(nodes)}"
-                nodes.append(cluster.add_node(num_cpus=1, runtime_env_dir_name=place, **own))
+                nodes.append(cluster.add_node(num_cpus=1, runtime_env_dir_name=f"resources_{len(nodes)}", **own))
                 cluster.wait_for_nodes()
             case "lose":
                 cluster.remove_node(nodes.pop(), allow_graceful=False)
         print(cluster.address, flush=True)
     cluster.shutdown()
+    if len(sys.argv) > 1:
+        shutil.rmtree(place, ignore_errors=True)
 
 
 if __name__ == "__main__":

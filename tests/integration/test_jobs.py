@@ -69,17 +69,31 @@ def folder(tmp_path):
     return made
 
 
-def test_a_run_is_trained_by_a_job_and_a_second_submission_is_the_same_job(cluster, address, data, tmp_path, folder):
+OWN_MODEL = """
+from imaml_dist.models.conv4 import Conv4
+
+def make(image_shape, way, channels):
+    return Conv4(image_shape, way, channels, None)
+"""
+
+
+def test_a_run_is_trained_by_a_job_and_a_second_submission_is_the_same_job(
+    address, data, tmp_path, folder, monkeypatch
+):
+    """With a model of the user's own, which lies in the folder that travels."""
+    (folder / "own_model.py").write_text(OWN_MODEL)
+    own = "model.kind=own_model:make"
     config = write_config(tmp_path / "tiny.yaml", data, workers=2)
     (folder / ".env").write_text("CANARY-in-a-file")
-    words = ("submit", str(config), "--run-dir", str(tmp_path / "run"), "--address", address, *RUNS)
+    words = ("submit", str(config), "--run-dir", str(tmp_path / "run"), "--address", address, *RUNS, "--set", own)
     code, output = imaml_here(*words, cwd=folder)
     assert code == 0, output
     (id,) = re.findall(r"^job (tiny-[0-9a-f]{8}): submitted$", output, re.MULTILINE)
     assert "starting 2 Ray workers" in output and "test accuracy" in output.lower()
     assert output.count("starting 2 Ray workers") == 1
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["params_sha256"] == train_alone(tiny(data), tmp_path / "gold")["params"]
+    monkeypatch.syspath_prepend(folder)
+    assert summary["params_sha256"] == train_alone(tiny(data, own), tmp_path / "gold")["params"]
     assert summary["world_size"] == 2
 
     code, again = imaml_here(*words, cwd=folder)
