@@ -6,7 +6,7 @@ from typing import Any
 
 from imaml_dist.config.load_sweep import Sweep
 from imaml_dist.config.schema import ExperimentConfig
-from imaml_dist.config.sweep import MOST_TRIALS, GridSpace, SweepConfig
+from imaml_dist.config.sweep import MOST_TRIALS, ChoiceSpace, GridSpace, SweepConfig
 from imaml_dist.errors import ConfigError
 from imaml_dist.sweeps.drawing import Values, contains, corners, draw, grid_of, points
 
@@ -54,10 +54,12 @@ def baseline_of(sweep: Sweep) -> Values:
         ConfigError: one of them does not lie within it.
     """
     values: Values = {}
+    base = sweep.base()
     for field, space in sweep.config.space.items():
-        found: Any = sweep.base().model_dump(by_alias=True)
-        for key in field.split("."):
-            found = found.get(key) if isinstance(found, dict) else None
+        found = _at(base, field)
+        if isinstance(space, (ChoiceSpace, GridSpace)):  # whole sections may be written shorter than they are
+            same = [value for value in space.values if _at(sweep.experiment({field: value}, {}), field) == found]
+            found = same[0] if same else found
         if not contains(space, found):
             raise ConfigError(
                 f"{sweep.where}: baseline: the base's {field} is {found!r:.60}, which does not lie within its space; extend the space, "
@@ -65,6 +67,15 @@ def baseline_of(sweep: Sweep) -> Values:
             )
         values[field] = found
     return values
+
+
+def _at(config: ExperimentConfig, field: str) -> Any:
+    """The value of a field; of `algorithm.lam.init` also where the strength is written as a number alone."""
+    found: Any = config.model_dump(by_alias=True)
+    for key in field.split("."):
+        number = key == "init" and isinstance(found, (int, float))
+        found = found if number else found.get(key) if isinstance(found, dict) else None
+    return found
 
 
 def check_feasible(sweep: Sweep) -> list[ExperimentConfig]:

@@ -107,7 +107,24 @@ def _crown(client: Any, facts: ModelFacts, version: Any) -> str:
     if not facts.accuracy > before:
         return f"version {champion.version} stays {CHAMPION} with {before:.2%} against {facts.accuracy:.2%}"
     client.set_registered_model_alias(facts.name, CHAMPION, str(version.version))
+    best = max(_comparable(client, facts), key=lambda one: (float(one.tags[ACCURACY]), -int(one.version)))
+    if str(best.version) != str(version.version):  # another run registered a better one at the same time
+        client.set_registered_model_alias(facts.name, CHAMPION, str(best.version))
+        return (
+            f"version {best.version} is {CHAMPION} with {float(best.tags[ACCURACY]):.2%} against {facts.accuracy:.2%}"
+        )
     return f"the new {CHAMPION} with {facts.accuracy:.2%}, after version {champion.version} with {before:.2%}"
+
+
+def _comparable(client: Any, facts: ModelFacts) -> list[Any]:
+    """All versions that were tested on the same problem, this one included."""
+    found = [
+        client.get_model_version(facts.name, one.version)
+        for one in client.search_model_versions(f"name='{facts.name}'")
+    ]
+    return [
+        one for one in found if ACCURACY in one.tags and all(one.tags.get(k) == v for k, v in facts.tested_on.items())
+    ]
 
 
 def _save(folder: Path, facts: ModelFacts) -> None:

@@ -71,6 +71,7 @@ class MlflowRun:
         self._link = MlflowLink(run, home)
         self._follower = Follower(metrics, after_step=self._link.recall("last_step"))
         self._pending: list[Record] = []
+        self._begun = False
         self._closing = threading.Event()
         self._thread: threading.Thread | None = None
         self.trouble: str | None = None
@@ -155,6 +156,8 @@ class MlflowRun:
         if self.trouble is not None:
             self._link.knock()  # a batch that nobody takes costs a meta-step of this process ten times as much
         self._link.open(self._facts)
+        self._catch_up()
+        self._begun = True
         self._pending += self._follower.poll()
         while self._pending:
             records: list[Record] = []
@@ -164,9 +167,27 @@ class MlflowRun:
                 if records and count > _BATCH:
                     break
                 records.append(record)
-            self._link.client.log_batch(self._link.run_id, metrics=[m for r in records for m in _metrics(r)])
+            points = [point for record in records for point in _metrics(record)]
+            if points:
+                probe = (points[-1].key, points[-1].step)
+                self._link.remember(sending={"key": probe[0], "step": probe[1]})
+                self._link.client.log_batch(self._link.run_id, metrics=points)
             self._pending = self._pending[len(records) :]
-            self._link.remember(last_step=records[-1]["step"])
+            self._link.remember(last_step=records[-1]["step"], sending=None)
+
+    def _catch_up(self) -> None:
+        """Find out whether the last batch of a process that was killed arrived: MLflow takes batches as wholes.
+
+        Its steps may have been done again since, with other times, which would make other points of them.
+        """
+        sending = self._link.recall("sending")
+        if self._begun or sending is None:
+            return
+        history = self._link.client.get_metric_history(self._link.run_id, sending["key"])
+        if any(point.step == sending["step"] for point in history):
+            self._link.remember(last_step=sending["step"])
+            self._follower.last_step = sending["step"]
+        self._link.remember(sending=None)
 
     def _send_results(self, results: Mapping[str, float]) -> None:
         """As of the last meta-step, so that results that are sent twice stand there once."""

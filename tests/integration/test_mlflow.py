@@ -110,6 +110,38 @@ def test_a_resumed_run_goes_on_in_the_same_mlflow_run_with_every_step_once(run):
     assert client.get_run(second.identity["run_id"]).info.status == "FINISHED"
 
 
+@pytest.mark.parametrize("arrived", [True, False])
+def test_a_process_that_is_killed_while_it_sends_doubles_and_loses_nothing(run, monkeypatch, arrived):
+    """The next one does some steps again, at other times; whether the batch had arrived only MLflow knows."""
+    import mlflow
+
+    metrics = run / "metrics.jsonl"
+    write(metrics, range(5))
+    MlflowRun(run, metrics, FACTS).close("KILLED")
+    write(metrics, range(5, 10))
+    killed = MlflowRun(run, metrics, FACTS)
+    real = mlflow.MlflowClient.log_batch
+
+    def log_batch(self, run_id, metrics=(), **more):
+        if arrived or not metrics:
+            real(self, run_id, metrics=metrics, **more)
+        if metrics:
+            raise KeyboardInterrupt  # which nothing of ours answers, as SIGKILL
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mlflow.MlflowClient, "log_batch", log_batch)
+        with pytest.raises(KeyboardInterrupt):
+            killed._send()
+    metrics_file.rewind(metrics, 7)
+    for step in range(7, 12):
+        metrics_file.append(metrics, record(step) | {"time": 1.8e9 + step})
+    last = MlflowRun(run, metrics, FACTS)
+    last.close("FINISHED")
+    client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent / 'mlflow.db'}")
+    for name in ("meta/loss", "time/inner", "system/node-1/cpu_utilization_percentage"):
+        assert [step for step, _ in history(client, last.identity["run_id"], name)] == list(range(12))
+
+
 @pytest.fixture(scope="module")
 def server(tmp_path_factory):
     with MlflowServer(tmp_path_factory.mktemp("mlflow")) as running:

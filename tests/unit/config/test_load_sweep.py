@@ -71,6 +71,18 @@ def test_what_is_written_down_reads_back_as_the_same_sweep(tmp_path):
     assert again.resolved() == sweep.resolved()
 
 
+def test_a_baseline_is_found_among_sections_that_are_written_short(tmp_path):
+    short = {"kind": "conjugate_gradient", "max_iterations": 2}
+    space = {
+        "algorithm.solver": {"kind": "choice", "values": [{"kind": "dual"}, short]},
+        "algorithm.lam.init": {"kind": "loguniform", "low": 0.01, "high": 1.0},
+    }
+    assert baseline_of(loaded(tmp_path, "baseline=true", space=space)) == {
+        "algorithm.solver": short,
+        "algorithm.lam.init": 0.1,
+    }
+
+
 def test_a_baseline_has_the_bases_own_values_and_comes_before_the_drawn_ones(tmp_path):
     with_it, without = loaded(tmp_path, "baseline=true"), loaded(tmp_path)
     assert baseline_of(with_it) == {"algorithm.lam": 0.1, "algorithm.solver.max_iterations": 2}
