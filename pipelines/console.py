@@ -15,6 +15,12 @@ from rich.table import Table
 out = Console(highlight=False, markup=False, emoji=False)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
+
+def whole_lines() -> Console:
+    """For tables: as wide as the terminal, and into a file or a pipe as wide as they are."""
+    return out if out.is_terminal else Console(width=10_000, highlight=False, markup=False, emoji=False)
+
+
 TWO_ACCURACIES = (
     "Accuracy is transductive, as the field reports it: the query images of a task are normalised together. "
     "Inductive: each query image alone, with statistics from the support set."

@@ -76,7 +76,7 @@ def doctor(config_path: Path | None, overrides: Sequence[str], run_dir: str | No
         mark = "ok" if not finding.mend else "wrong" if finding.needed else "-"
         table.add_row(mark, finding.what, finding.found, finding.mend)
         well = well and not (finding.mend and finding.needed)
-    console.out.print(table)
+    console.whole_lines().print(table)
     return well
 
 

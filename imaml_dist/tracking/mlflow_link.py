@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -94,6 +95,7 @@ class MlflowLink:
                 self._state |= remembered
         self._client: Any = None
         self._opened = False
+        self._remembering = threading.Lock()
 
     @property
     def run_id(self) -> str:
@@ -111,8 +113,9 @@ class MlflowLink:
 
     def remember(self, **changes: Any) -> None:
         """Keep facts in the folder, whole or not at all."""
-        self._state |= changes
-        atomic_write(self._file, json.dumps(self._state).encode())
+        with self._remembering:  # the thread that sends and the one that closes both do
+            self._state |= changes
+            atomic_write(self._file, json.dumps(self._state).encode())
 
     @property
     def client(self) -> Any:
