@@ -108,6 +108,7 @@ def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(config, 
     assert summary["restarts"] >= 1
 
 
+@pytest.mark.slow  # `test_remote_runs.test_the_commands` presses it, too
 def test_ctrl_c_writes_a_checkpoint_and_the_local_backend_takes_over(config, gold, tmp_path):
     with Command(*train(config), cwd=tmp_path) as command:
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, command)

@@ -73,7 +73,11 @@ def two_trials(sweep):
     return sweep | {"baseline": False, "budget": {"steps": 2, **trials}, "validation": {"tasks": 4}}
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if commands(p)], ids=lambda p: p.name)
+LONG = {"sweeps.md": pytest.mark.slow}
+"""What `tests/integration/test_sweep.py` does, too."""
+
+
+@pytest.mark.parametrize("page", [pytest.param(p, marks=LONG.get(p.name, ()), id=p.name) for p in PAGES if commands(p)])
 def test_every_imaml_command_works(page, workspace):
     if page != README:  # whose own blocks stand for themselves
         run_python(page, workspace)
