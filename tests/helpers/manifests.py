@@ -3,6 +3,7 @@
 import functools
 import shutil
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,31 @@ def rendered(overlay: str) -> str:
 def documents(overlay: str) -> list[dict[str, Any]]:
     """The same, read; not to be changed."""
     return list(yaml.load_all(rendered(overlay), Loader=yaml.CSafeLoader))
+
+
+def of_kind(overlay: str, *kinds: str) -> list[dict[str, Any]]:
+    """Documents of an overlay by kind."""
+    return [d for d in documents(overlay) if d["kind"] in kinds]
+
+
+def pods(document: Any) -> Iterator[tuple[dict[str, str], dict[str, Any]]]:
+    """Every pod of a manifest: (labels, spec)."""
+    if isinstance(document, dict):
+        spec = document.get("spec", {})
+        if isinstance(spec, dict) and isinstance(spec.get("containers"), list):
+            yield document.get("metadata", {}).get("labels", {}), spec
+        for below in document.values():
+            yield from pods(below)
+    elif isinstance(document, list):
+        for below in document:
+            yield from pods(below)
+
+
+def every_container(overlay: str) -> Iterator[dict[str, Any]]:
+    """Of all pods of an overlay, those that run first included."""
+    for document in documents(overlay):
+        for _, spec in pods(document):
+            yield from (*spec["containers"], *spec.get("initContainers", []))
 
 
 def of_job(overlay: str, name: str) -> dict[str, Any]:
