@@ -29,7 +29,6 @@ from imaml_dist.errors import (
     ChangedError,
     CheckpointError,
     DisagreementError,
-    ImamlError,
     MissingError,
     PeerLostError,
     StorageError,
@@ -42,10 +41,8 @@ from imaml_dist.training import checkpoints
 from imaml_dist.training.remote_metrics import FOLDER, MetricsReader, MetricsWriter
 from imaml_dist.training.run_directory import RunDirectory, State
 from imaml_dist.training.run_objects import RunObjects
+from imaml_dist.training.sharing import SHARE_S, every_second
 from imaml_dist.training.workspace import new_workspace
-
-SHARE_S = 1.0
-"""Between two looks for what is new, on either side."""
 
 BRISK_S = 5.0
 """For a request about a lease, tries included: one that hangs must not cost the lease."""
@@ -155,7 +152,7 @@ class RemoteRunDirectory(RunDirectory):
                     self._objects.send(step)
             else:
                 self._begin_with_objects()
-            with self._every_second(self._share_as_writer):
+            with every_second(self._share_as_writer):
                 yield True
             self._end_with_objects()
         except (PeerLostError, DisagreementError):  # goes on in this folder, in a moment
@@ -173,7 +170,7 @@ class RemoteRunDirectory(RunDirectory):
     @contextmanager
     def following(self) -> Iterator[None]:
         """See `RunDirectory`."""
-        with self._every_second(self._share_as_follower):
+        with every_second(self._share_as_follower):
             yield
 
     def collect(self) -> None:
@@ -223,6 +220,11 @@ class RemoteRunDirectory(RunDirectory):
             return super().load_checkpoint(step)
         except CheckpointError as error:  # is about the objects, not about their copies
             raise CheckpointError(str(error).replace(str(self.path), self.url)) from error
+
+    def newest_checkpoint(self, rejected: Callable[[str], None] | None = None) -> State | None:
+        """See `RunDirectory`."""
+        where = f"{self.url}/{self.checkpoints.name}"
+        return checkpoints.newest_that_verifies(self.checkpoint_steps(), self.load_checkpoint, where, rejected)
 
     def save_checkpoint(self, step: int, tensors: dict[str, Tensor], facts: dict[str, Any]) -> None:
         """See `RunDirectory`.
@@ -301,26 +303,6 @@ class RemoteRunDirectory(RunDirectory):
             if self._lease is None:  # where the command trains by itself its folder is what others copy
                 self._objects.pull(self.starts_file)
                 self._metrics_reader.pull()
-
-    @contextmanager
-    def _every_second(self, share: Callable[[], None]) -> Iterator[None]:
-        """Do something again and again in a thread of its own, and, if all went well, once more in the end."""
-        ended = threading.Event()
-
-        def loop() -> None:
-            while not ended.wait(SHARE_S):
-                # Of storage or of a full disk: the next time, perhaps. Of a lost lease: whoever writes finds out.
-                with suppress(ImamlError, OSError):
-                    share()
-
-        thread = threading.Thread(target=loop, name="sharing", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            thread.join()
-        share()
 
 
 def _has_server() -> bool:

@@ -241,9 +241,7 @@ class RunDirectory:
 
     def newest_checkpoint(self, rejected: Callable[[str], None] | None = None) -> State | None:
         """The newest that verifies; see `checkpoints.load_newest`."""
-        return checkpoints.newest_that_verifies(
-            self.checkpoint_steps(), self.load_checkpoint, f"{self.url}/{self.checkpoints.name}", rejected
-        )
+        return checkpoints.load_newest(self.checkpoints, rejected)
 
     def best_checkpoint(self) -> int:
         """Step of the checkpoint with the best validation accuracy.
