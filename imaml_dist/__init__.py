@@ -3,7 +3,7 @@
 from imaml_dist.algorithms.anil import ANIL
 from imaml_dist.algorithms.fomaml import FOMAML
 from imaml_dist.algorithms.imaml import IMAML
-from imaml_dist.algorithms.inner import Adam, GradientDescent, Momentum, NewtonCG
+from imaml_dist.algorithms.inner import LBFGS, Adam, GradientDescent, Momentum, NewtonCG
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.algorithms.linear import ConjugateGradient, Direct, Dual, Minres, Neumann, Nystrom
 from imaml_dist.algorithms.loss import cross_entropy, mean_squared_error
@@ -14,6 +14,7 @@ from imaml_dist.algorithms.strength import ProximalStrength
 from imaml_dist.core.curvature import gauss_newton_operator, hessian_operator
 from imaml_dist.core.implicit import MetaGradient, implicit_meta_gradient
 from imaml_dist.core.inner.gradient_descent import gradient_descent
+from imaml_dist.core.inner.lbfgs import lbfgs
 from imaml_dist.core.inner.newton_cg import newton_cg
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.linear.direct import direct
@@ -41,6 +42,7 @@ __all__ = [
     "ANIL",
     "FOMAML",
     "IMAML",
+    "LBFGS",
     "MAML",
     "MLP",
     "Adam",
@@ -83,6 +85,7 @@ __all__ = [
     "gradient_descent",
     "hessian_operator",
     "implicit_meta_gradient",
+    "lbfgs",
     "mean_squared_error",
     "minres",
     "neumann",

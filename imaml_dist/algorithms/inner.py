@@ -10,6 +10,7 @@ from imaml_dist.algorithms.problem import Operator, TaskProblem
 from imaml_dist.core.inner.adam import AdamRule
 from imaml_dist.core.inner.descent import descend
 from imaml_dist.core.inner.gradient_descent import GradientDescentRule
+from imaml_dist.core.inner.lbfgs import lbfgs
 from imaml_dist.core.inner.momentum import MomentumRule
 from imaml_dist.core.inner.newton_cg import newton_cg
 from imaml_dist.core.inner.rule import Rule
@@ -110,6 +111,38 @@ def refuse_tolerance(algorithm: str, inner: FirstOrder) -> None:
         raise ValueError(
             f"inner.tolerance: {inner.tolerance} given, but {algorithm} takes all inner steps in meta-training; set it to 0, or use "
             "IMAML or FOMAML, which stop a task early"
+        )
+
+
+@dataclass(frozen=True)
+class LBFGS:
+    """Quasi-Newton steps with a line search, one gradient each.
+
+    Attributes:
+        lr: the first step is `-lr grad G`; > 0.
+        steps: gradients at most, besides the first.
+        memory: pairs of steps and gradient changes that the curvature is learned from.
+        tolerance: a task stops when `||grad G(phi)|| <= tolerance ||grad G(theta)||`.
+    """
+
+    lr: float = 0.1
+    steps: int = 16
+    memory: int = 5
+    tolerance: float = 0.0
+
+    def solve(
+        self, problem: TaskProblem, proximal: Proximal | None, curvature: Operator | None = None
+    ) -> InnerSolution:
+        """See `InnerSolver.solve`."""
+        return lbfgs(
+            problem.support_loss,
+            problem.anchor,
+            steps=self.steps,
+            lr=self.lr,
+            memory=self.memory,
+            tolerance=self.tolerance,
+            proximal=proximal,
+            linearise=None if curvature is None else problem.linearise(curvature),
         )
 
 

@@ -46,6 +46,19 @@ class AdamConfig(_DescentConfig):
     eps: float = Field(1e-8, gt=0)
 
 
+class LBFGSConfig(Section):
+    """Quasi-Newton steps with a line search, one gradient each."""
+
+    kind: Literal["lbfgs"] = "lbfgs"
+    lr: float = Field(0.1, gt=0)
+    """Of the first step, before any curvature is known."""
+    steps: int = Field(16, ge=1, le=10**6)
+    """Gradients at most."""
+    memory: int = Field(5, ge=1, le=1000)
+    """Pairs of steps and gradient changes kept."""
+    tolerance: float = Field(0.0, ge=0, lt=1)
+
+
 class NewtonCGConfig(Section):
     """The paper's Hessian-free inner solver."""
 
@@ -72,8 +85,9 @@ InnerConfig = Annotated[
     Annotated[GradientDescentConfig, Tag("gradient_descent")]
     | Annotated[MomentumConfig, Tag("momentum")]
     | Annotated[AdamConfig, Tag("adam")]
+    | Annotated[LBFGSConfig, Tag("lbfgs")]
     | Annotated[NewtonCGConfig, Tag("newton_cg")],
-    by_kind("gradient_descent", "momentum", "adam", "newton_cg"),
+    by_kind("gradient_descent", "momentum", "adam", "lbfgs", "newton_cg"),
 ]
 
 

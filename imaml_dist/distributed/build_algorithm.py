@@ -26,6 +26,7 @@ INNER = {
     "gradient_descent": inner_records.GradientDescent,
     "momentum": inner_records.Momentum,
     "adam": inner_records.Adam,
+    "lbfgs": inner_records.LBFGS,
     "newton_cg": inner_records.NewtonCG,
 }
 

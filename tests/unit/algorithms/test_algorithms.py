@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from imaml_dist import ANIL, FOMAML, IMAML, MAML, GradientDescent, MetaLearner, MetaSGD, ProximalStrength, Reptile
-from imaml_dist.algorithms.inner import Adam, Momentum, NewtonCG
+from imaml_dist.algorithms.inner import LBFGS, Adam, Momentum, NewtonCG
 from imaml_dist.algorithms.linear import ConjugateGradient, Direct, Dual, Minres, Neumann, Nystrom
 from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.models.mlp import MLP
@@ -138,6 +138,7 @@ EVERY = [
     IMAML(0.5, Momentum(0.1, 5)),
     IMAML(0.5, Adam(0.05, 5, tolerance=0.3)),
     IMAML(0.5, NewtonCG(4, 6)),
+    IMAML(0.5, LBFGS(0.1, 12)),
     IMAML(0.5, NewtonCG(4, 6, operator="hessian"), ConjugateGradient(8, "hessian")),
     IMAML(0.5, INNER, ConjugateGradient(8, preconditioner="regulariser", start="first_order")),
     IMAML(0.5, INNER, ConjugateGradient(8, preconditioner="nystrom", rank=3)),

@@ -1,0 +1,209 @@
+"""L-BFGS: its direction solves the secant equations, it goes downhill to the minimum, and a step is a gradient whatever becomes of it."""
+
+import itertools
+
+import pytest
+import torch
+from helpers.algebra import matvec_of
+from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise
+
+from imaml_dist.core.curvature import gauss_newton_operator, linearise_hessian
+from imaml_dist.core.inner.lbfgs import _two_loops, lbfgs
+from imaml_dist.core.outcome import TaskOutcome
+from imaml_dist.core.proximal.scalar import ScalarProximal
+
+TASKS = 4
+
+
+def _theta(size, scale=1.0, seed=7):
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(size, dtype=torch.float64, generator=generator).expand(TASKS, -1)
+
+
+def _tanh():
+    return TanhRegression.random(TASKS, seed=16), _theta(13, scale=0.8)
+
+
+def test_the_direction_is_that_of_the_dense_bfgs_update():
+    """`B <- (I - r s y') B (I - r y s') + r s s'` from `c I`, pair by pair; a pair with r = 0 changes nothing."""
+    problem, generator = Quadratics.random(TASKS, 6, seed=3), torch.Generator().manual_seed(0)
+    scale, gradient = torch.rand(TASKS, dtype=torch.float64, generator=generator) + 0.5, _theta(6, seed=4)
+    pairs, dense = [], scale[:, None, None] * torch.eye(6, dtype=torch.float64)
+    for k in range(4):
+        s = torch.randn(TASKS, 6, dtype=torch.float64, generator=generator)
+        y = (problem.hessian @ s[..., None])[..., 0]
+        inverse = 1 / (s * y).sum(-1)
+        inverse[0] = 0.0 if k == 2 else inverse[0]
+        pairs.append((s, y, inverse))
+        left = torch.eye(6, dtype=torch.float64) - inverse[:, None, None] * s[:, :, None] * y[:, None, :]
+        dense = left @ dense @ left.mT + inverse[:, None, None] * s[:, :, None] * s[:, None, :]
+    found = _two_loops(gradient, pairs, scale)
+    torch.testing.assert_close(found, (dense @ gradient[..., None])[..., 0], rtol=1e-11, atol=1e-11)
+    s, y, _ = pairs[-1]
+    torch.testing.assert_close(_two_loops(y, pairs, scale), s, rtol=1e-11, atol=1e-11)  # the newest secant equation
+
+
+def test_the_first_step_is_descent_with_the_rate_and_the_second_is_scaled_by_the_curvature_seen():
+    problem, theta = Quadratics.random(TASKS, 5, seed=1), _theta(5)
+    gradient = (problem.hessian @ theta[..., None])[..., 0] - problem.linear
+    found = lbfgs(problem.support_loss, theta, steps=1, lr=1e-3)
+    torch.testing.assert_close(found.params, theta - 1e-3 * gradient, rtol=1e-13, atol=1e-13)
+    assert found.steps.tolist() == [1] * TASKS
+
+
+@pytest.mark.parametrize("memory", [1, 5, 20])
+def test_the_tanh_network_is_driven_to_a_stationary_point(memory):
+    problem, theta = _tanh()
+    found = lbfgs(problem.support_loss, theta, steps=600, memory=memory, tolerance=1e-8, proximal=ScalarProximal(1.0))
+    assert (found.stationarity <= 1e-8).all()
+    assert (found.outcome == TaskOutcome.OK).all()
+    assert found.steps.max() < 300
+    torch.testing.assert_close(found.params, minimise(problem.support_loss, theta, 1.0), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_the_objective_never_rises_also_where_the_hessian_is_indefinite(seed):
+    problem, theta, lam = TanhRegression.random(TASKS, seed=seed), _theta(13, scale=2.0, seed=seed), 0.01
+    assert float(torch.linalg.eigvalsh(dense_hessian(problem.support_loss, theta)).min()) < -lam
+
+    def total(phi):
+        return problem.support_loss(phi) + 0.5 * lam * ((phi - theta) ** 2).sum(-1)
+
+    values = [
+        total(lbfgs(problem.support_loss, theta, steps=k, lr=1.0, proximal=ScalarProximal(lam)).params)
+        for k in range(0, 24, 3)
+    ]
+    for earlier, later in itertools.pairwise(values):
+        assert (later <= earlier + 1e-14 * earlier.abs()).all()
+    assert (values[-1] < 0.9 * values[0]).all()
+
+
+def test_a_length_that_is_too_long_is_halved_by_the_steps_that_follow():
+    """`phi^2 / 2` from 1 with a first rate of 64: Armijo's condition takes lengths below 2 (1 - 1e-4) / 64 only, the seventh."""
+    theta = torch.ones(2, 1, dtype=torch.float64)
+
+    def objective(phi):
+        return 0.5 * (phi**2).sum(-1)
+
+    for steps, expected in ((5, 1.0), (6, 1.0), (7, 0.0), (8, 0.0)):
+        found = lbfgs(objective, theta, steps=steps, lr=64.0)
+        assert torch.equal(found.params, torch.full_like(theta, expected)), steps
+
+
+def test_a_task_that_can_go_no_lower_stops():
+    """Uphill is the only way on: the gradient that is claimed has the wrong sign."""
+    theta = torch.ones(1, 2, dtype=torch.float64)
+    found = lbfgs(lambda phi: phi.sum(-1) - 2 * (phi - phi.detach()).sum(-1), theta, steps=100)
+    assert torch.equal(found.params, theta)
+    assert found.steps.tolist() == [11]  # lengths 1, 1/2, ..., 1/1024
+
+
+@pytest.mark.parametrize("handed", [False, True])
+def test_a_step_is_one_gradient(handed):
+    problem, theta = _tanh()
+    calls = []
+
+    def objective(phi):
+        calls.append(1)
+        return problem.support_loss(phi)
+
+    linearise = (lambda phi: linearise_hessian(objective, phi)) if handed else None
+    found = lbfgs(objective, theta, steps=7, proximal=ScalarProximal(1.0), linearise=linearise)
+    assert len(calls) == 8
+    assert (found.steps == 7).all()
+    assert (found.curvature is not None) == handed
+
+
+@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
+@pytest.mark.parametrize(("lr", "tolerance"), [(0.1, 0.0), (0.1, 0.05), (30.0, 0.0)])
+def test_the_curvature_it_returns_is_that_of_the_final_phi(operator, lr, tolerance):
+    """Also where tasks stopped early, and where the last step was refused (a rate of 30, after a step or two)."""
+    problem, theta = _tanh()
+
+    def gauss_newton(phi):
+        return gauss_newton_operator(
+            lambda p: problem.predict(p, problem.support_x),
+            lambda o: problem.mean_squared_error(o, problem.support_y),
+            phi,
+        )
+
+    found = lbfgs(
+        problem.support_loss,
+        theta,
+        steps=9 if tolerance else 2,
+        lr=lr,
+        tolerance=tolerance,
+        proximal=ScalarProximal(1.0),
+        linearise=lambda phi: (
+            gauss_newton(phi).linearised()
+            if operator == "gauss_newton"
+            else linearise_hessian(problem.support_loss, phi)
+        ),
+    )
+    if tolerance:
+        assert len(set(found.steps.tolist())) > 1
+    v = _theta(13, seed=3) + 1
+    expected = matvec_of(dense_hessian(problem.support_loss, found.params))
+    if operator == "gauss_newton":
+        expected = gauss_newton(found.params)
+    torch.testing.assert_close(found.curvature(v), expected(v), rtol=1e-11, atol=1e-12)
+
+
+def test_tasks_together_equal_tasks_alone():
+    problem, theta = _tanh()
+    kwargs = {"steps": 60, "tolerance": 1e-4, "proximal": ScalarProximal(0.1)}
+    together = lbfgs(problem.support_loss, theta, **kwargs)
+    assert len(set(together.steps.tolist())) > 1
+    for t in range(TASKS):
+        alone = lbfgs(problem.task(t).support_loss, theta[t : t + 1], **kwargs)
+        assert alone.steps[0] == together.steps[t]
+        torch.testing.assert_close(together.params[t], alone.params[0], rtol=1e-9, atol=1e-10)
+
+
+def test_a_task_that_is_not_finite_changes_no_bit_of_the_others():
+    problem, theta = TanhRegression.random(TASKS, seed=2), _theta(13)
+    kwargs = {"steps": 6, "proximal": ScalarProximal(0.1)}
+    healthy = lbfgs(problem.support_loss, theta, **kwargs)
+    x = problem.support_x.clone()
+    x[1, 3] = torch.nan
+    broken = lbfgs(TanhRegression(x, problem.support_y, problem.query_x, problem.query_y).support_loss, theta, **kwargs)
+    others = [0, 2, 3]
+    assert torch.equal(broken.params[others], healthy.params[others])
+    assert torch.equal(broken.stationarity[others], healthy.stationarity[others])
+    assert broken.outcome.tolist() == [0, TaskOutcome.NON_FINITE, 0, 0]
+    assert torch.equal(broken.params[1], theta[1])
+
+
+def test_a_step_into_what_is_not_finite_is_halved():
+    """`-log phi + phi` from 3 with a first rate of 6 tries phi = -1 first; the minimum is at 1."""
+    theta = torch.full((1, 1), 3.0, dtype=torch.float64)
+    found = lbfgs(lambda phi: (phi - phi.log()).sum(-1), theta, steps=40, lr=6.0)
+    torch.testing.assert_close(found.params, torch.ones_like(theta), rtol=0, atol=1e-8)
+    assert found.outcome.tolist() == [TaskOutcome.OK]
+
+
+def test_losses_that_are_linear_constant_or_flat_at_the_start_do_no_harm():
+    theta = _theta(3)
+    pulled = lbfgs(lambda p: p.sum(-1), theta, steps=3, proximal=ScalarProximal(2.0))
+    torch.testing.assert_close(pulled.params, theta - 0.5, rtol=1e-12, atol=1e-12)
+    flat = lbfgs(lambda p: (p - p.detach()).square().sum(-1), theta, steps=2, proximal=ScalarProximal(2.0))
+    assert torch.equal(flat.params, theta)
+    assert (flat.stationarity == 0).all()
+    assert (flat.outcome == TaskOutcome.OK).all()
+    stopped = lbfgs(lambda p: 0 * p.sum(-1), theta, steps=2, tolerance=0.1)
+    assert stopped.steps.tolist() == [0] * TASKS
+
+
+def test_float32_ends_at_its_own_precision():
+    problem, theta = _tanh()
+    fields = ("support_x", "support_y", "query_x", "query_y")
+    single = TanhRegression(*(getattr(problem, name).float() for name in fields))
+    found = lbfgs(single.support_loss, theta.float(), steps=80, proximal=ScalarProximal(1.0))
+    assert (found.stationarity < 1e-4).all()
+    assert (found.outcome == TaskOutcome.OK).all()
+
+
+@pytest.mark.parametrize("wrong", [{"steps": -1}, {"memory": 0}, {"lr": 0.0}, {"lr": float("nan")}, {"tolerance": 1.0}])
+def test_misuse_is_refused(wrong):
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        lbfgs(lambda p: p.sum(-1), _theta(5), **{"steps": 1, **wrong})
