@@ -17,7 +17,8 @@ from rich.table import Table
 
 from cluster import kubectl
 from imaml_dist.config.load import load_config
-from imaml_dist.config.schema import ExperimentConfig, MLPConfig
+from imaml_dist.config.model import MLPConfig
+from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import open_dataset, storage_options
 from imaml_dist.errors import ClusterError, ImamlError, StorageError
 from imaml_dist.kernels import native

@@ -17,7 +17,8 @@ import torch
 
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.config.load import load_config
-from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
+from imaml_dist.config.model import UserModelConfig
+from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.build import (
     make_learner,

@@ -11,8 +11,9 @@ from typing import Any, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from imaml_dist.config.model import UserModelConfig
 from imaml_dist.config.presets import PRESET_FIELDS
-from imaml_dist.config.schema import ExperimentConfig, UserModelConfig
+from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.errors import ConfigError
 
 _MAX_BYTES = 1 << 20

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from imaml_dist.config.algorithm import AlgorithmConfig, IMAMLConfig
+from imaml_dist.config.model import Conv4Config, ModelConfig
 from imaml_dist.config.presets import fill_preset
 from imaml_dist.config.section import Section
 from imaml_dist.config.tracking import TrackingConfig
@@ -79,49 +80,6 @@ class StorageConfig(Section):
     """Of all that the cache keeps; what was used least recently goes first."""
     prefetch: int = Field(8, ge=0, le=1024)
     """Chunks of episodes made ahead of their use, per worker."""
-
-
-class Conv4Config(Section):
-    """Four convolutional blocks: strided as the reference's Omniglot network, or pooled as the field's mini-ImageNet network."""
-
-    kind: Literal["conv4"] = "conv4"
-    channels: int = Field(64, ge=1, le=1 << 16)
-    pooled: bool | None = None
-    """null: strided for 28x28 images, pooled for others."""
-
-
-class MLPConfig(Section):
-    """A multilayer perceptron over flattened images."""
-
-    kind: Literal["mlp"] = "mlp"
-    hidden: list[Annotated[int, Field(ge=1)]] = Field([256, 128])
-
-
-class UserModelConfig(BaseModel):
-    """A user's own network: `kind` names a factory called as `factory(image_shape=(C, H, W), way=N, **other fields)`."""
-
-    model_config = ConfigDict(frozen=True, extra="allow", strict=True, allow_inf_nan=False)
-    kind: str = Field(pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The other fields."""
-        return dict(self.model_extra or {})
-
-
-def _model_tag(value: Any) -> str | None:
-    kind = value.get("kind", "conv4") if isinstance(value, dict) else getattr(value, "kind", None)
-    return "user" if isinstance(kind, str) and ":" in kind else kind
-
-
-ModelConfig = Annotated[
-    Annotated[Conv4Config, Tag("conv4")] | Annotated[MLPConfig, Tag("mlp")] | Annotated[UserModelConfig, Tag("user")],
-    Discriminator(
-        _model_tag,
-        custom_error_type="kind",
-        custom_error_message="Input should be 'conv4', 'mlp' or a factory 'package.module:function'",
-    ),
-]
 
 
 class OuterConfig(Section):

@@ -12,13 +12,8 @@ from torch import nn
 
 from imaml_dist.algorithms.learner import MetaLearner
 from imaml_dist.algorithms.loss import Loss, cross_entropy
-from imaml_dist.config.schema import (
-    Conv4Config,
-    ExperimentConfig,
-    MLPConfig,
-    ModelConfig,
-    UserModelConfig,
-)
+from imaml_dist.config.model import Conv4Config, MLPConfig, ModelConfig, UserModelConfig
+from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.ahead import Ahead
 from imaml_dist.data.augment import Augmentation
 from imaml_dist.data.dataset import CacheOptions, Dataset
@@ -95,9 +90,9 @@ def make_model(model: ModelConfig, image_shape: tuple[int, int, int], way: int, 
         torch.manual_seed(seed)
         try:
             if isinstance(model, Conv4Config):
-                return Conv4(image_shape, way, model.channels, model.pooled)
+                return Conv4(image_shape, way, model.channels, model.pooled, model.activation, model.softplus_beta)
             if isinstance(model, MLPConfig):
-                return MLP(image_shape, way, model.hidden)
+                return MLP(image_shape, way, model.hidden, model.activation, model.softplus_beta)
             return _from_factory(model, image_shape, way)
         except ValueError as error:
             raise ConfigError(f"model: {error}") from error

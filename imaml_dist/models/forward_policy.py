@@ -26,8 +26,9 @@ from torch.overrides import TorchFunctionMode
 
 from imaml_dist.errors import ModelError
 from imaml_dist.kernels import native as kernels
+from imaml_dist.models.activation import Activation
 from imaml_dist.models.attention import attention, multi_head_attention
-from imaml_dist.models.batch_norm_relu import batch_norm_relu
+from imaml_dist.models.batch_norm_activation import batch_norm_activation
 from imaml_dist.models.masks import derived_key, keep_mask
 
 Statistics = tuple[Tensor, Tensor]
@@ -123,10 +124,13 @@ class ForwardPolicy(TorchFunctionMode):
             return kernels.batch_norm(input, weight, bias, eps)
         return F.batch_norm(input, None, None, weight, bias, True, momentum, eps)
 
-    def _batch_norm_relu(self, input: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-        if self._statistics is None and not self._collect and self._takes_norm(input, weight, bias):
+    def _batch_norm_activation(
+        self, input: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: Activation
+    ) -> Tensor:
+        own = self._statistics is None and not self._collect and self._takes_norm(input, weight, bias)
+        if own and activation.name == "relu":
             return kernels.batch_norm(input, weight, bias, eps, relu=True)
-        return F.relu(self._batch_norm(input, None, None, weight, bias, training=True, eps=eps))
+        return activation(self._batch_norm(input, None, None, weight, bias, training=True, eps=eps))  # type: ignore[no-any-return]
 
     def _uncast(self, input: Tensor) -> Tensor:
         """Statistics of rounded numbers are taken without more rounding."""
@@ -264,7 +268,7 @@ def _of_contiguous(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 _OWN: dict[Callable[..., Any], Callable[..., Any]] = {
     F.batch_norm: ForwardPolicy._batch_norm,
-    batch_norm_relu: ForwardPolicy._batch_norm_relu,
+    batch_norm_activation: ForwardPolicy._batch_norm_activation,
     F.conv2d: ForwardPolicy._conv2d,
     F.group_norm: _of_contiguous(F.group_norm),
     F.adaptive_avg_pool2d: _of_contiguous(F.adaptive_avg_pool2d),

@@ -5,7 +5,8 @@ import torch
 from helpers.kernels import NATIVE
 from torch import nn
 
-from imaml_dist.models.batch_norm_relu import BatchNormReLU2d
+from imaml_dist.models.activation import Activation
+from imaml_dist.models.batch_norm_activation import BatchNormActivation2d
 from imaml_dist.models.functional import FunctionalModel
 
 
@@ -14,7 +15,7 @@ def two_layers() -> nn.Sequential:
 
 
 def pair() -> tuple[nn.Module, nn.Module]:
-    fused, plain = BatchNormReLU2d(3).double(), two_layers()
+    fused, plain = BatchNormActivation2d(3, Activation("relu")).double(), two_layers()
     with torch.no_grad():
         for value in (fused.weight, fused.bias):
             value.copy_(torch.randn(3, dtype=torch.float64))
@@ -27,7 +28,7 @@ def test_it_is_torchs_two_layers(training):
     fused, plain = (module.train(training) for module in pair())
     x = torch.randn(4, 3, 5, 2, dtype=torch.float64)
     torch.testing.assert_close(fused(x), plain(x), rtol=0, atol=0)
-    assert repr(fused) == "BatchNormReLU2d(3, eps=1e-05)"
+    assert repr(fused) == "BatchNormActivation2d(\n  3, eps=1e-05\n  (activation): Activation(relu)\n)"
 
 
 @pytest.mark.parametrize("native", [False, pytest.param(True, marks=NATIVE)])
