@@ -1,0 +1,340 @@
+"""What makes the implicit meta-gradient win: operator, lambda, inner solver, activation, budget; against methods tuned alike.
+
+imaml prepare omniglot --out data/omniglot --source path/to/archives
+python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json --png operators.png
+
+Every cell meta-trains Conv-4 in one process of one thread, from the same initial network on the same episodes, until it has used
+both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate is constant and what is tested are the averaged iterates
+(`AVERAGE` steps). Accuracy is that on tasks of the val split, the same for all cells, at equal tasks and, by a line between the points
+before and after, at equal seconds. First every method gets nine trials (its own settings x outer rates), then the best implicit one is
+changed in one way after the other. Where it is interrupted or its minutes are over, the same command goes on; cells that are done are
+read. At the end all cells take turns with a chunk of tasks at the network that they ended with, and seconds are counted with
+what a task costs there: whatever else the machine did while they were trained does not matter then.
+
+Of every cell: stationarity and linear residual, the cosine of the meta-gradient to the first-order one, norm(phi - theta), the
+outcomes of the linear solves (means over the last 20 steps); and, in float64 on `PROBED` val tasks at the end, the smallest
+eigenvalue of H + Lambda as 50 steps of Lanczos see it.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from meta_gradient import facts
+from operators_cells import FACTORS, SETTINGS, trials
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from imaml_dist.algorithms.imaml import IMAML
+from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.config.load import build_config, read_mapping
+from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.core.curvature import hessian_operator
+from imaml_dist.core.linear.system import ProximalSystem
+from imaml_dist.core.spectrum import lanczos
+from imaml_dist.data.episodes import EpisodeSource
+from imaml_dist.distributed import schedules
+from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, resolve
+from imaml_dist.distributed.group import Alone
+from imaml_dist.distributed.meta_step import MetaStep
+from imaml_dist.tasks.episode import EpisodeBatch
+from imaml_dist.training.meta_parameters import meta_parameters
+from imaml_dist.training.outer import make_optimizer
+from imaml_dist.training.state import MetaState
+
+AVERAGE = 20
+"""Steps over which the iterates are averaged, with weights that decay; a constant rate alone leaves them noisy."""
+
+BEYOND = 1.25
+"""Training goes on for so many times the seconds of the comparison, for a task costs more on a busy machine than it does in turns."""
+
+PROBED = 8
+
+WATCHED = ("stationarity", "cg_residual", "cosine", "distance", "support_loss", "cg_negative_curvature", "excluded")
+
+Cell = dict[str, Any]
+
+
+def configured(options: argparse.Namespace, overrides: list[str], *, query: int | None = None) -> ExperimentConfig:
+    """The cell's configuration, resolved; with another number of queries for testing."""
+    raw = read_mapping(options.config)
+    alike = [
+        f"data.url={options.data}",
+        "outer.schedule=constant",
+        "run.workers=1",
+        "run.steps=1000000",
+        "tracking.mlflow=false",
+    ]
+    more = [] if query is None else [f"data.query={query}"]
+    return resolve(build_config(raw, [*alike, *overrides, *more]), cuda=False)
+
+
+def accuracy(learner: MetaLearner, source: EpisodeSource, tasks: int, theta: Tensor) -> tuple[float, float]:
+    """Mean over tasks, queries classified together, and its 95% interval."""
+    found: list[float] = []
+    for begin in range(0, tasks, 8):
+        episodes = source.episodes(0, range(begin, min(begin + 8, tasks)))
+        phi = learner.adapt_parameters(episodes.support_x, episodes.support_y, theta).params
+        with torch.no_grad():
+            right = learner.functional.predict(phi, episodes.query_x).argmax(-1) == episodes.query_y
+        found += right.double().mean(-1).tolist()
+    return statistics.fmean(found), 1.96 * statistics.stdev(found) / math.sqrt(len(found))
+
+
+def curvature(config: ExperimentConfig, theta: Tensor, updates: int) -> dict[str, Any]:
+    """Smallest Ritz values of H + Lambda where the cell's own inner solver ends, and its stationarity there, in float64."""
+    config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "float64"})})
+    source = make_source(config, open_dataset(config), "val")
+    learner = make_learner(config, source.image_shape, updates)
+    if not isinstance(learner.algorithm, IMAML):
+        return {}
+    lowest: list[float] = []
+    reached: list[float] = []
+    for task in range(PROBED):
+        problem = learner.problem(source.episodes(0, range(task, task + 1)), theta.double())
+        inner = learner.algorithm.adapt(problem)
+        system = ProximalSystem(
+            hessian_operator(problem.support_loss, inner.params), learner.algorithm.proximal(problem)
+        )
+        start = torch.randn(
+            1, inner.params.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(task)
+        )
+        lowest.append(float(lanczos(system, start, steps=50).smallest))
+        reached.append(float(inner.stationarity))
+    return {"ritz": lowest, "stationarity_float64": reached}
+
+
+def run_cell(options: argparse.Namespace, name: str, overrides: list[str], file: Path) -> Cell:
+    """Train and test; the result is written at once."""
+    torch.set_num_threads(1)
+    config = configured(options, overrides)
+    prepare_process(config)
+    dataset = open_dataset(config)
+    source = make_source(config, dataset, "train")
+    unseen = make_source(configured(options, overrides, query=15), dataset, "val")
+    learner = make_learner(config, source.image_shape)
+    learned = meta_parameters(learner)
+    state = MetaState(learned, make_optimizer(learned, config.outer), cap=schedules.first_cap(config.algorithm))
+    step = MetaStep(config, learner, state, Alone())
+    learner.task_gradients(source.episodes(0, range(config.run.chunk)))  # what a first call tries and compiles
+    per_step, average, seconds = config.run.tasks_per_step, learner.meta_parameters(), 0.0
+    points: list[dict[str, float]] = []
+    records: list[dict[str, Any]] = []
+    chunk = config.run.chunk
+    going = True
+    while going:
+        number = state.step
+        began = time.process_time()
+        batches = (source.episodes(number, range(t, t + chunk)) for t in range(0, per_step, chunk))
+        records.append(step.take(number, batches))
+        before, seconds = seconds, seconds + time.process_time() - began
+        weight = max(1.0 / AVERAGE, 1.0 / state.step)
+        average = (1.0 - weight) * average + weight * learner.meta_parameters()
+        tasks = state.step * per_step
+        going = tasks < options.tasks or seconds < BEYOND * options.seconds
+        due = (tasks % options.every == 0 and tasks <= options.tasks) or before < options.seconds <= seconds
+        if due or not going:
+            mean, ci95 = accuracy(learner, unseen, options.test_tasks, average)
+            points.append({"tasks": tasks, "seconds": seconds, "accuracy": mean, "ci95": ci95})
+    last = records[-AVERAGE:]
+    watched = {key: statistics.fmean(r[key] for r in last if key in r) for key in WATCHED if key in last[0]}
+    found = {
+        "name": name,
+        "overrides": overrides,
+        "points": points,
+        "tasks_per_second": state.step * per_step / seconds,
+        "updates": state.updates,
+        "skipped": state.step - state.updates,
+        **watched,
+        **curvature(config, average, state.updates),
+    }
+    save_file({"average": average}, file.with_suffix(".safetensors"))
+    file.write_text(json.dumps(found, indent=1) + "\n")
+    return found
+
+
+def in_turns(options: argparse.Namespace, cells: list[Cell]) -> None:
+    """Seconds that a task costs in each cell, the median over turns; written into the cells."""
+    torch.set_num_threads(1)
+    turns: list[tuple[MetaLearner, EpisodeBatch, Tensor]] = []
+    for cell in cells:
+        config = configured(options, cell["overrides"])
+        prepare_process(config)
+        source = make_source(config, open_dataset(config), "train")
+        theta = load_file(place(options, cell["name"]).with_suffix(".safetensors"))["average"]
+        learner = make_learner(config, source.image_shape, cell["updates"])
+        turns.append((learner, source.episodes(0, range(config.run.chunk)), theta))
+    taken: list[list[float]] = [[] for _ in cells]
+    for turn in range(options.turns + 1):
+        for (learner, episodes, theta), seconds in zip(turns, taken, strict=True):
+            began = time.perf_counter()
+            learner.task_gradients(episodes, theta)
+            if turn:  # the first one tries and compiles
+                seconds.append((time.perf_counter() - began) / len(episodes))
+    for cell, seconds in zip(cells, taken, strict=True):
+        cell["seconds_per_task"] = statistics.median(seconds)
+        cell["tasks_per_second"] = 1 / cell["seconds_per_task"]
+        for point in cell["points"]:
+            point["seconds"] = point["tasks"] * cell["seconds_per_task"]
+
+
+def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
+    """Accuracy where `key` is `value`, on the line between the points around it."""
+    points = [{"tasks": 0.0, "seconds": 0.0, "accuracy": math.nan}, *points]
+    for before, after in itertools.pairwise(points):
+        if before[key] < value <= after[key]:
+            share = (value - before[key]) / (after[key] - before[key])
+            found = after["accuracy"] if share == 1.0 else (1 - share) * before["accuracy"] + share * after["accuracy"]
+            return None if math.isnan(found) else found
+    return None
+
+
+def place(options: argparse.Namespace, name: str) -> Path:
+    """The file of a cell."""
+    return Path(options.out, f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json")
+
+
+def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline: float) -> list[Cell]:
+    """All cells that are done or still fit, in order; None of those that did not fit."""
+    done: dict[str, Cell] = {}
+    missing = {}
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name, overrides in cells.items():
+        file = place(options, name)
+        if file.exists() and (found := json.loads(file.read_text()))["overrides"] == overrides:
+            done[name] = found
+        else:
+            missing[name] = (overrides, file)
+    # Not by fork, which torch's threads do not survive; one cell a process, for memory that was freed is not given back.
+    with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
+        waiting = {}
+        queue = iter(missing.items())
+        while True:
+            while len(waiting) < options.processes and time.monotonic() < deadline and (one := next(queue, None)):
+                name, (overrides, file) = one
+                waiting[pool.submit(run_cell, options, name, overrides, file)] = name
+            if not waiting:
+                break
+            finished = next(as_completed(waiting))
+            done[waiting.pop(finished)] = finished.result()
+            print(line(finished.result(), options), flush=True)
+    return [done[name] for name in cells if name in done]
+
+
+def score(cell: Cell, options: argparse.Namespace) -> float:
+    """Accuracy at equal tasks and at equal seconds, their mean: what trials are chosen by."""
+    found = [at(cell["points"], "tasks", options.tasks), at(cell["points"], "seconds", options.seconds)]
+    return statistics.fmean(v for v in found if v is not None)
+
+
+def line(cell: Cell, options: argparse.Namespace) -> str:
+    """A row of the table."""
+
+    def percent(value: float | None) -> str:
+        return "-" if value is None else f"{100 * value:.1f}"
+
+    def number(key: str, form: str = ".2f") -> str:
+        return format(cell[key], form) if key in cell and not math.isnan(cell[key]) else "-"
+
+    ritz = cell.get("ritz")
+    positive = "-" if ritz is None else f"{sum(r > 0 for r in ritz)}/{len(ritz)}"
+    lowest = "-" if ritz is None else f"{statistics.median(ritz):.3f}"
+    ci95 = max(p["ci95"] for p in cell["points"])
+    columns = (
+        percent(at(cell["points"], "tasks", options.tasks)),
+        percent(at(cell["points"], "seconds", options.seconds)),
+        f"{100 * ci95:.1f}",
+        f"{cell['tasks_per_second']:.1f}",
+        number("stationarity", ".3f"),
+        number("cg_residual"),
+        lowest,
+        positive,
+        number("cg_negative_curvature", ".1f"),
+        number("cosine"),
+        number("distance"),
+    )
+    return f"| {cell['name']} | " + " | ".join(columns) + " |"
+
+
+def table(title: str, cells: list[Cell], options: argparse.Namespace) -> str:
+    """In Markdown, the best first."""
+    heads = (
+        f"{title}, val accuracy, %",
+        f"{options.tasks} tasks",
+        f"{options.seconds:g} s",
+        "±",
+        "tasks/s",
+        "stationarity",
+        "residual",
+        "lowest Ritz",
+        "> 0",
+        "neg. curv. of 16",
+        "cosine to v",
+        "distance",
+    )
+    rows = [line(cell, options) for cell in sorted(cells, key=lambda c: -score(c, options))]
+    return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *rows])
+
+
+def draw(cells: list[Cell]) -> Figure:
+    """Accuracy over tasks and over seconds."""
+    figure = Figure(figsize=(9, 4), layout="constrained")
+    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("tasks", "seconds"), strict=True):
+        for cell in cells:
+            x, y, e = ([p[name] for p in cell["points"]] for name in (key, "accuracy", "ci95"))
+            percent = [100 * v for v in y]
+            axes.errorbar(x, percent, [100 * v for v in e], label=cell["name"], marker="o", markersize=3, capsize=2)
+        axes.set(xlabel=key if key == "tasks" else "seconds of one core", ylabel="val accuracy, % (95% interval)")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+    return figure
+
+
+def main() -> None:
+    """Run what is missing, print tables, write JSON, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, default=Path("pipelines/configs/omniglot.yaml"))
+    parser.add_argument("--data", default="data/omniglot", help="what imaml prepare has written")
+    parser.add_argument("--out", type=Path, default=Path("runs/operators"), help="a JSON file for every cell")
+    parser.add_argument("--minutes", type=float, default=90.0, help="no cell is begun after them")
+    parser.add_argument("--tasks", type=int, default=1200)
+    parser.add_argument("--seconds", type=float, default=80.0, help="of one core's time")
+    parser.add_argument("--every", type=int, default=400, help="tasks between two tests")
+    parser.add_argument("--test-tasks", type=int, default=200)
+    parser.add_argument(
+        "--turns", type=int, default=5, help="in which cells are timed at the end; 0 keeps processor time"
+    )
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    options = parser.parse_args()
+    deadline = time.monotonic() + 60 * options.minutes
+    stages: dict[str, list[Cell]] = {}
+    for method in SETTINGS:
+        stages[method] = run_stage(options, trials(method), deadline)
+    best = {method: max(cells, key=lambda c: score(c, options)) for method, cells in stages.items() if cells}
+    if "imaml" in best:
+        changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
+        stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
+    if options.turns:
+        in_turns(options, list({cell["name"]: cell for cells in stages.values() for cell in cells}.values()))
+    for title, cells in stages.items():
+        print(f"\n{table(title, cells, options)}")
+    if options.json:
+        report = {**facts(), **{k: getattr(options, k) for k in ("tasks", "seconds", "test_tasks")}, "stages": stages}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.png:
+        draw(list(best.values())).savefig(options.png, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
