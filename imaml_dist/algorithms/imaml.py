@@ -74,11 +74,13 @@ class IMAML:
         return self.strength.lr
 
     def own_parameters(self, layout: ParameterLayout, dtype: torch.dtype) -> dict[str, Tensor]:
-        """See `Algorithm.own_parameters`: Lambda's unconstrained parameters if it is learned."""
-        if not self.strength.learn:
-            return {}
-        raw = self.strength.parametrisation(layout).initial(self.strength.init, dtype)
-        return {LAM + name: value for name, value in raw.items()}
+        """See `Algorithm.own_parameters`: Lambda's unconstrained parameters if it is learned.
+
+        Raises:
+            ValueError: Lambda does not fit the parameters.
+        """
+        raw = self.strength.initial(layout, dtype) if self.strength.kind != "scalar" or self.strength.learn else {}
+        return {LAM + name: value for name, value in raw.items()} if self.strength.learn else {}
 
     def describe(self, own: dict[str, Tensor], layout: ParameterLayout) -> dict[str, Tensor]:
         """See `Algorithm.describe`: Lambda's diagonal."""

@@ -24,6 +24,8 @@ class ProximalStrength:
         learn: step it with the meta-parameters, by gradients from the same linear solve.
         lr: its outer learning rate; None is the model's. It steps logarithms, so 0.01 is about 1 % a step with Adam.
         rank: columns of `low_rank`'s factor.
+        layers: other initial strengths of layers, by name or leading dotted part of names, of `per_layer` and `diagonal`: pairs
+            such as `("head", 0.03)`.
     """
 
     kind: Kind = "scalar"
@@ -31,10 +33,19 @@ class ProximalStrength:
     learn: bool = False
     lr: float | None = None
     rank: int = 4
+    layers: tuple[tuple[str, float], ...] = ()
 
     def parametrisation(self, layout: ParameterLayout) -> Parametrisation:
         """From unconstrained parameters to Lambda."""
         return Parametrisation(self.kind, layout, self.rank)
+
+    def initial(self, layout: ParameterLayout, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Unconstrained parameters to begin with, on the CPU.
+
+        Raises:
+            ValueError: see `Parametrisation` and its `initial`.
+        """
+        return self.parametrisation(layout).initial(self.init, dtype, dict(self.layers))
 
     def build(self, layout: ParameterLayout, raw: dict[str, Tensor], like: Tensor) -> Proximal:
         """The regulariser at unconstrained parameters `raw`; at its initial value where it is not learned."""
@@ -47,6 +58,5 @@ class ProximalStrength:
 def _initial(strength: ProximalStrength, layout: ParameterLayout, dtype: torch.dtype, device: torch.device) -> Proximal:
     if strength.kind == "scalar":
         return ScalarProximal(strength.init)
-    parametrisation = strength.parametrisation(layout)
-    raw = parametrisation.initial(strength.init, dtype)
-    return parametrisation.build({name: value.to(device) for name, value in raw.items()})
+    raw = {name: value.to(device) for name, value in strength.initial(layout, dtype).items()}
+    return strength.parametrisation(layout).build(raw)

@@ -203,8 +203,19 @@ class StrengthConfig(Section):
     """Outer learning rate of its logarithms; null is `outer.lr`."""
     rank: int = Field(4, ge=1)
     """Columns of `low_rank`'s factor."""
+    layers: dict[str, Annotated[float, Field(gt=0)]] = Field({})
+    """Other initial strengths of layers, by name or leading part of a name (`head`); of `per_layer` and `diagonal`."""
     schedule: ScheduleConfig | None = None
     """Of a fixed scalar; null keeps it."""
+
+    @model_validator(mode="after")
+    def _layers_apart(self) -> StrengthConfig:
+        if self.layers and self.kind not in ("per_layer", "diagonal"):
+            raise ValueError(
+                f"algorithm.lam.layers: given with algorithm.lam.kind {self.kind!r}, which has no strength for a layer; take per_layer or "
+                "diagonal"
+            )
+        return self
 
     @model_validator(mode="after")
     def _scheduled_or_learned(self) -> StrengthConfig:

@@ -144,7 +144,7 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], up
         updates: of the checkpoint that it is for, where the algorithm's numbers follow a schedule.
 
     Raises:
-        ConfigError: see `make_model` and `make_loss`.
+        ConfigError: see `make_model` and `make_loss`, or Lambda does not fit the network.
         ModelError: the network cannot be meta-trained.
     """
     model = make_model(config.model, image_shape, config.data.way, config.run.seed)
@@ -152,7 +152,11 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], up
     execution = config.run.execution
     assert execution != "auto", "the configuration is resolved"
     autocast = torch.bfloat16 if config.run.precision == "bfloat16" else None
-    return MetaLearner(model, make_algorithm(config.algorithm, updates), make_loss(config.loss), execution, autocast)
+    algorithm, loss = make_algorithm(config.algorithm, updates), make_loss(config.loss)
+    try:
+        return MetaLearner(model, algorithm, loss, execution, autocast)
+    except ValueError as error:  # Lambda is for other parameters
+        raise ConfigError(f"algorithm.lam: {error}") from error
 
 
 def dtype_of(config: ExperimentConfig) -> torch.dtype:

@@ -75,7 +75,7 @@ def cg_steps(config: ConjugateGradientConfig, updates: int, cap: ResidualCap | N
 
 
 def _strength(section: StrengthConfig) -> dict[str, Any]:
-    return section.model_dump(exclude={"schedule"})
+    return section.model_dump(exclude={"schedule"}) | {"layers": tuple(section.layers.items())}
 
 
 def _facts(section: BaseModel, *besides: str) -> dict[str, Any]:

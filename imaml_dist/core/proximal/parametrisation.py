@@ -7,6 +7,7 @@ the logarithm of the diagonal on the diagonal. A low-rank factor needs no constr
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -59,14 +60,26 @@ class Parametrisation:
                     "use a diagonal or low-rank regulariser"
                 )
 
-    def initial(self, strength: float, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
+    def initial(
+        self, strength: float, dtype: torch.dtype = torch.float32, layers: Mapping[str, float] | None = None
+    ) -> dict[str, Tensor]:
         """Unconstrained parameters of `Lambda = strength I` (for `low_rank` plus a small random part), on the CPU.
 
+        Args:
+            strength: > 0.
+            dtype: of the result.
+            layers: for `per_layer` and `diagonal`, other strengths > 0 by name of a parameter or a leading dotted part of names
+                (`head` is that of `head.weight` and `head.bias`); of several that fit, the longest counts.
+
         Raises:
-            ValueError: `strength` is not a positive finite number.
+            ValueError: a strength is not a positive finite number, `layers` names nothing, parts of one layer (`per_layer`) are given
+                different strengths, or the kind has none of its own for layers.
         """
-        if not (strength > 0 and math.isfinite(strength)):
-            raise ValueError(f"the initial strength must be a positive finite number, got {strength}")
+        for given in (strength, *(layers or {}).values()):
+            if not (given > 0 and math.isfinite(given)):
+                raise ValueError(f"the initial strength must be a positive finite number, got {given}")
+        if layers:
+            return {"log_strengths": self._by_layer(strength, layers, dtype)}
         log = math.log(strength)
         if self.kind == "scalar":
             return {"log_strength": torch.full((), log, dtype=dtype)}
@@ -123,6 +136,27 @@ class Parametrisation:
             for name, value in raw.items()
         }
 
+    def _by_layer(self, strength: float, layers: Mapping[str, float], dtype: torch.dtype) -> Tensor:
+        if self.kind not in ("per_layer", "diagonal"):
+            raise ValueError(f"layers have strengths of their own with per_layer and diagonal, not with {self.kind}")
+        names = self.layout.names
+        for prefix in layers:
+            if not any(_under(name, prefix) for name in names):
+                raise ValueError(f"{prefix!r} names no parameter; there are {', '.join(names[:6])}, ...")
+        own = [layers[max(found, key=len)] if (found := _fitting(name, layers)) else strength for name in names]
+        if self.kind == "diagonal":
+            logs = [
+                torch.full((size,), math.log(s), dtype=dtype) for s, size in zip(own, self.layout.sizes, strict=True)
+            ]
+            return torch.cat(logs)
+        found: dict[int, float] = {}
+        for name, layer, given in zip(names, self._layers(), own, strict=True):
+            if found.setdefault(layer, given) != given:
+                raise ValueError(
+                    f"{name!r} is given {given} and another part of its layer {found[layer]}; name the whole layer, or take diagonal"
+                )
+        return torch.tensor([math.log(found[layer]) for layer in range(len(found))], dtype=dtype)
+
     def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
         pairs = zip(self.layout.names, self.layout.shapes, strict=True)
         return [(name, shape) for name, shape in pairs if len(shape) >= 2]
@@ -132,6 +166,14 @@ class Parametrisation:
         prefixes = [name.rpartition(".")[0] for name in self.layout.names]
         numbers = {prefix: number for number, prefix in enumerate(dict.fromkeys(prefixes))}
         return tuple(numbers[prefix] for prefix in prefixes)
+
+
+def _under(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _fitting(name: str, prefixes: Mapping[str, float]) -> list[str]:
+    return [prefix for prefix in prefixes if _under(name, prefix)]
 
 
 def _sides(shape: tuple[int, ...]) -> tuple[int, int]:

@@ -72,7 +72,10 @@ def test_a_model_of_the_users_own_keeps_its_fields():
         ("algorithm.lam=0", r"algorithm\.lam: 0 given, should be greater than 0"),
         ("algorithm.lam=-1.5", r"algorithm\.lam: -1\.5 given, should be greater than 0"),
         ("algorithm.lam=.nan", r"algorithm\.lam: nan given, should be a finite number"),
-        ("algorithm.lam='0.1'", r"algorithm\.lam: '0\.1' given, should be a number, or a mapping of init, kind, learn"),
+        (
+            "algorithm.lam='0.1'",
+            r"algorithm\.lam: '0\.1' given, should be a number, or a mapping of init, kind, layers, learn",
+        ),
         ("algorithm.lam=[1]", r"algorithm\.lam: \[1\] given, should be a number, or a mapping"),
         ("algorithm=maml", r"algorithm: 'maml' given, should be a mapping whose kind is 'imaml', 'maml'"),
         ("warm_start=runs/a", r"warm_start: 'runs/a' given, should be a mapping of path, skip"),

@@ -117,3 +117,39 @@ def test_misuse_is_refused():
             Parametrisation("low_rank", LAYOUT, rank=rank)
     with pytest.raises(ValueError, match=r"'w' .* too large"):
         Parametrisation("kronecker", ParameterLayout(("w",), ((2, LARGEST_SIDE + 1),)))
+
+
+NAMED = ParameterLayout(
+    ("body.0.weight", "body.0.bias", "body.1.weight", "head.weight", "head.bias"), ((2, 3), (2,), (4,), (3, 2), (3,))
+)
+
+
+@pytest.mark.parametrize("kind", ["per_layer", "diagonal"])
+def test_layers_have_strengths_of_their_own_and_the_longest_name_counts(kind):
+    subject = Parametrisation(kind, NAMED)
+    raw = subject.initial(2.0, torch.float64, {"head": 0.25, "body": 3.0, "body.1": 5.0})
+    expected = torch.tensor([3.0] * 8 + [5.0] * 4 + [0.25] * 9, dtype=torch.float64)
+    torch.testing.assert_close(subject.build(raw).diagonal(), expected, rtol=1e-14, atol=0)
+    others = subject.build(subject.initial(2.0, torch.float64, {"head": 0.25})).diagonal()
+    torch.testing.assert_close(others[:12], torch.full((12,), 2.0, dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "layers", "sentence"),
+    [
+        ("per_layer", {"hea": 0.1}, "'hea' names no parameter; there are body.0.weight"),
+        ("per_layer", {"head.bias": 0.1}, "'head.bias' is given 0.1 and another part of its layer 2.0"),
+        ("diagonal", {"head": 0.0}, "positive finite number, got 0.0"),
+        ("scalar", {"head": 0.1}, "not with scalar"),
+        ("kronecker", {"head": 0.1}, "not with kronecker"),
+    ],
+)
+def test_strengths_of_layers_that_mean_nothing_are_refused(kind, layers, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        Parametrisation(kind, NAMED).initial(2.0, layers=layers)
+
+
+def test_a_part_of_a_layer_has_a_strength_of_its_own_in_a_diagonal():
+    subject = Parametrisation("diagonal", NAMED)
+    found = subject.build(subject.initial(2.0, torch.float64, {"head.bias": 0.5})).diagonal()
+    torch.testing.assert_close(found[-4:], torch.tensor([2.0, 0.5, 0.5, 0.5], dtype=torch.float64), rtol=1e-14, atol=0)
