@@ -56,6 +56,10 @@ FACTORS: dict[str, list[str]] = {
     "learned lam per layer": ["algorithm.lam.kind=per_layer", "algorithm.lam.learn=true", "algorithm.lam.lr=0.01"],
     "learned diagonal lam": ["algorithm.lam.kind=diagonal", "algorithm.lam.learn=true", "algorithm.lam.lr=0.01"],
     "lam from 1 down": ["algorithm.lam.init=1.0", "algorithm.lam.schedule={kind: linear, to: 0.1, updates: 60}"],
+    **{
+        f"lam {body}, head {head}": [f"algorithm.lam={{kind: per_layer, init: {body}, layers: {{head: {head}}}}}"]
+        for body, head in ((1.0, 0.1), (1.0, 0.03), (3.0, 0.1), (0.3, 0.03), (0.1, 1.0))
+    },
     "lam 1": ["algorithm.lam=1.0"],
     "outer eps 1e-3": ["outer.eps=0.001"],
     "SiLU, Hessian, else Gauss-Newton": [*SILU, *HESSIAN],

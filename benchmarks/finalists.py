@@ -1,0 +1,125 @@
+"""The best setting of every method at full length, several seeds: who is better at equal tasks, and who at equal seconds?
+
+python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json
+python benchmarks/finalists.py operators.json --data data/omniglot --json finalists.json --png finalists.png
+
+Settings are those that `operators.py` found, with the same number of trials for every method; the shipped configuration stands beside
+them as `default`. Every run is `imaml train` with two workers, a linear schedule and the same number of steps: equal tasks. For equal
+seconds a method gets as many steps as its tasks a second (of the first seed's run) do in the time that the default's run took,
+with the schedule stretched over them; that a run's result does not depend on what else the machine does is what makes this possible.
+Accuracies are of `imaml train`'s own test at the end. The same command goes on where it was interrupted.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+from meta_gradient import facts
+from operators import score
+
+Row = dict[str, Any]
+
+
+def train(config: Path, run: Path, overrides: list[str]) -> Row:
+    """The summary of a finished run; one that is there already is not repeated."""
+    settings = [word for override in overrides for word in ("--set", override)]
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(config), "--run-dir", str(run), *settings]
+    if subprocess.run(command).returncode != 0:
+        raise SystemExit(f"{run} did not finish")
+    found: Row = json.loads((run / "summary.json").read_text())
+    keys = ("meta_steps", "seconds", "tasks_per_second", "test_accuracy", "ci95", "restarts")
+    return {key: found[key] for key in keys}
+
+
+def settings_of(report: dict[str, Any], options: argparse.Namespace) -> dict[str, list[str]]:
+    """The best overrides of each method, by the mean of both accuracies."""
+    judged = argparse.Namespace(tasks=report["tasks"], seconds=report["seconds"])
+    found: dict[str, list[str]] = {"default": []}
+    for method, cells in report["stages"].items():
+        if method in options.methods and cells:
+            found[method] = max(cells, key=lambda cell: score(cell, judged))["overrides"]
+    return found
+
+
+def spread(rows: list[Row]) -> str:
+    """Mean over seeds, the largest interval of one, and the range over seeds."""
+    values = [100 * row["test_accuracy"] for row in rows]
+    ci95 = 100 * max(row["ci95"] for row in rows)
+    return f"{statistics.fmean(values):.1f} ± {ci95:.1f} ({min(values):.1f} to {max(values):.1f})"
+
+
+def draw(equal: dict[str, dict[str, list[Row]]]) -> Figure:
+    """A point for every seed."""
+    figure = Figure(figsize=(8, 3.6), layout="constrained")
+    for axes, (what, methods) in zip(figure.subplots(1, 2, sharey=True), equal.items(), strict=True):
+        for place, rows in enumerate(methods.values()):
+            accuracy, ci95 = ([100 * row[key] for row in rows] for key in ("test_accuracy", "ci95"))
+            axes.errorbar([place] * len(rows), accuracy, ci95, fmt="o", capsize=3)
+        axes.set_xticks(range(len(methods)), list(methods), rotation=20)
+        axes.set(title=f"equal {what}", ylabel="test accuracy, % (95% interval), a point a seed")
+        axes.grid(alpha=0.3)
+    return figure
+
+
+def main() -> None:
+    """Run, print a table in Markdown, write JSON, draw."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, help="JSON of operators.py")
+    parser.add_argument("--config", type=Path, default=Path("pipelines/configs/omniglot.yaml"))
+    parser.add_argument("--data", default="data/omniglot")
+    parser.add_argument("--runs", type=Path, default=Path("runs/finalists"))
+    parser.add_argument("--methods", nargs="+", default=["imaml", "fomaml", "reptile", "maml", "reference"])
+    parser.add_argument("--steps", type=int, default=600)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], dest="extra", metavar="a.b=c", help="for all methods")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--png", type=Path)
+    options = parser.parse_args()
+    methods = settings_of(json.loads(options.report.read_text()), options)
+
+    def runs(method: str, steps: int) -> list[Row]:
+        alike = [
+            f"data.url={options.data}",
+            f"run.workers={options.workers}",
+            f"run.steps={steps}",
+            "run.max_seconds=null",
+            "validate.tasks=0",
+            "tracking.mlflow=false",
+            *options.extra,
+        ]
+        return [
+            train(
+                options.config,
+                options.runs / f"{method}-{steps}-{seed}",
+                [*alike, *methods[method], f"run.seed={seed}"],
+            )
+            for seed in range(options.seeds)
+        ]
+
+    tasks = {method: runs(method, options.steps) for method in methods}
+    seconds = {"default": tasks["default"]}
+    for method in methods:
+        if method != "default":
+            first, limit = tasks[method][0], tasks["default"][0]["seconds"]
+            steps = round(options.steps * limit / first["seconds"])
+            seconds[method] = runs(method, steps)
+    equal = {"tasks": tasks, "seconds": seconds}
+    print(f"| method | {options.steps} steps | tasks/s | as many seconds | steps |\n|---|---|---|---|---|")
+    for method in methods:
+        speed, steps = tasks[method][0]["tasks_per_second"], seconds[method][0]["meta_steps"]
+        print(f"| {method} | {spread(tasks[method])} | {speed:.1f} | {spread(seconds[method])} | {steps} |")
+    if options.json:
+        report = {**facts(), "settings": methods, "steps": options.steps, "extra": options.extra, "equal": equal}
+        options.json.write_text(json.dumps(report, indent=1) + "\n")
+    if options.png:
+        draw(equal).savefig(options.png, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
