@@ -7,8 +7,8 @@
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/library.h>
 
+#include "batch_norm.h"
 #include "convolution.h"
-#include "normalisation.h"
 
 namespace imaml {
 
