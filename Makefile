@@ -58,6 +58,7 @@ bench: $(STAMP)
 	$(BIN)/python benchmarks/recovery.py --data data/glyphs --json $(BENCH)/recovery.json
 	$(BIN)/python benchmarks/tracking.py --data data/glyphs --json $(BENCH)/tracking.json
 	$(BIN)/python benchmarks/dual_solve.py --json $(BENCH)/dual_solve.json
+	$(BIN)/python benchmarks/activations.py --json $(BENCH)/activations.json
 
 clean:
 	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache

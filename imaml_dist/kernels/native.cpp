@@ -7,8 +7,8 @@
 #include <ATen/functorch/BatchedTensorImpl.h>
 #include <torch/library.h>
 
+#include "batch_norm.h"
 #include "convolution.h"
-#include "normalisation.h"
 
 namespace imaml {
 
@@ -44,18 +44,20 @@ Tensor conv2d_mapped(const Tensor& x, const Tensor& k, const std::optional<Tenso
   return map.back(op.call(map.in_front(x), map.in_front(k), b, stride, padding));
 }
 
-Tensor batch_norm_mapped(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, bool relu) {
+Tensor batch_norm_mapped(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps,
+                         std::string_view activation, double sharpness) {
   static const auto op =
       c10::Dispatcher::singleton().findSchemaOrThrow("imaml::batch_norm", "").typed<decltype(batch_norm)>();
   const Mapped map({x, gamma, beta});
-  return map.back(op.call(map.in_front(x), map.in_front(gamma), map.in_front(beta), eps, relu));
+  return map.back(op.call(map.in_front(x), map.in_front(gamma), map.in_front(beta), eps, activation, sharpness));
 }
 
 }  // namespace imaml
 
 TORCH_LIBRARY(imaml, m) {
   m.def("conv2d(Tensor x, Tensor kernel, Tensor? bias, int stride, int padding) -> Tensor", &imaml::conv2d);
-  m.def("batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, bool relu) -> Tensor", &imaml::batch_norm);
+  m.def("batch_norm(Tensor x, Tensor gamma, Tensor beta, float eps, str activation, float sharpness) -> Tensor",
+        &imaml::batch_norm);
   m.def("flops() -> int", []() -> int64_t { return imaml::flops; });
 }
 

@@ -90,12 +90,15 @@ def conv2d(x: Tensor, kernel: Tensor, bias: Tensor | None, stride: int, padding:
     return found
 
 
-def batch_norm(x: Tensor, gamma: Tensor, beta: Tensor, eps: float, relu: bool = False) -> Tensor:
+def batch_norm(
+    x: Tensor, gamma: Tensor, beta: Tensor, eps: float, activation: str = "identity", sharpness: float = 1.0
+) -> Tensor:
     """Batch normalisation by the batch's own statistics, on `[n, c, h, w]`, or `[T, n, c, h, w]` with `[T, c]` and `[T, c]`.
 
-    With `relu` negative results are zero. Differentiable twice; else as `conv2d`.
+    Behind it lies `relu`, `silu`, `gelu` or `softplus`, the last with beta = `sharpness`; `identity` is nothing. Differentiable
+    twice; else as `conv2d`.
     """
-    found: Tensor = torch.ops.imaml.batch_norm(x, gamma, beta, eps, relu)
+    found: Tensor = torch.ops.imaml.batch_norm(x, gamma, beta, eps, activation, sharpness)
     return found
 
 

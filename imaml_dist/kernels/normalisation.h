@@ -1,25 +1,21 @@
 // Batch normalisation with the statistics of the batch, y = gamma z + beta, z = (x - mean(x)) r, r = 1 / sqrt(var(x) + eps), of
-// rows x [T, R, C], and max(y, 0) of it; m() below is the mean over rows. Memory is what it costs: every derivative reads its
-// rows twice, and the rectifier rides along.
+// rows x [T, R, C], and an activation f(y) of it; m() below is the mean over rows. Memory is what it costs: every derivative reads
+// its rows twice, and the activation rides along.
 
 #pragma once
 
 #include <ATen/Dispatch.h>
-#include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
 #include <array>
 #include <cmath>
 #include <vector>
 
+#include "activation.h"
 #include "registers.h"
 #include "tensors.h"
 
 namespace imaml {
-
-using torch::autograd::AutogradContext;
-using torch::autograd::Function;
-using torch::autograd::tensor_list;
 
 struct Rows {
   int64_t tasks, rows, channels;
@@ -37,13 +33,13 @@ void over_pieces(const Rows& s, const F& f) {
 
 // K sums over rows for every channel, of a block in the precision of the data, of the blocks of a piece in double, and then of the
 // pieces: in one order, whoever does it. `begin(zero, channel)` gives what adds a row to the K parts.
-template <int64_t K, typename T, typename F>
+template <int64_t K, typename T, int many, typename F>
 std::array<std::vector<double>, K> sums(const Rows& s, const F& begin) {
   std::vector<std::array<std::vector<double>, K>> sum(std::max<int64_t>(1, pieces(s)));
   for (auto& piece : sum)
     for (auto& one : piece) one.resize(s.channels);
   over_pieces(s, [&](int64_t p, int64_t first, int64_t last) {
-    over_blocks<T, 4>(first, last, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
+    over_blocks<T, many>(first, last, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
       using V = decltype(zero);
       constexpr int64_t W = sizeof(V) / sizeof(T);
       const auto add = begin(zero, channel);
@@ -62,10 +58,10 @@ std::array<std::vector<double>, K> sums(const Rows& s, const F& begin) {
 }
 
 // `begin(zero, channel)` gives what is done to every row.
-template <typename T, typename F>
+template <typename T, int many, typename F>
 void over_rows(const Rows& s, const F& begin) {
   over_pieces(s, [&](int64_t, int64_t first, int64_t last) {
-    over_blocks<T, 4>(first, last, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
+    over_blocks<T, many>(first, last, s.channels, [&](auto zero, int64_t first, int64_t last, int64_t channel) {
       const auto work = begin(zero, channel);
       for (int64_t i = first; i < last; ++i) work(i * s.channels + channel);
     });
@@ -101,7 +97,7 @@ inline std::tuple<Tensor, Tensor> statistics(const Rows& s, const Tensor& x, dou
       const int64_t some = std::min<int64_t>(s.rows, 32);
       for (int64_t i = 0; i < some; ++i)
         for (int64_t j = 0; j < s.channels; ++j) near[j] += in[i * s.channels + j] / some;
-      const auto sum = sums<2, scalar_t>(s, [&](auto zero, int64_t channel) {
+      const auto sum = sums<2, scalar_t, 4>(s, [&](auto zero, int64_t channel) {
         using V = decltype(zero);
         return [in, from = load<V>(&near[channel])](int64_t i, V* part) {
           const V d = load<V>(in + i) - from;
@@ -136,26 +132,20 @@ struct Line {
   V at(V x) const { return x * slope + start; }
 };
 
-// What of g passes a rectifier of y; nan is let through, as torch does.
-template <bool relu, typename V>
-V passed(V g, V y) {
-  if constexpr (relu)
-    return where_positive(g, y);
-  else
-    return g;
-}
+// Registers worked on at once: a smooth activation fills them by itself.
+template <typename A>
+constexpr int at_once = A::smooth ? 1 : 4;
 
-template <bool relu>
-Tensor normalised(const Rows& s, const Tensor& x, const Affine& affine, Tensor y) {
+template <typename A>
+Tensor normalised(const Rows& s, const A& act, const Tensor& x, const Affine& affine, Tensor y) {
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "normalised", [&] {
     over_tasks(s, [&](int64_t t) {
       const scalar_t* in = of_task<scalar_t>(x, t);
       scalar_t* out = of_task<scalar_t>(y, t);
-      over_rows<scalar_t>(s, [&](auto zero, int64_t channel) {
+      over_rows<scalar_t, at_once<A>>(s, [&](auto zero, int64_t channel) {
         using V = decltype(zero);
-        return [in, out, line = Line<V, scalar_t>(affine, t, channel)](int64_t i) {
-          const V value = line.at(load<V>(in + i));
-          store(out + i, passed<relu, V>(value, value));
+        return [act, in, out, line = Line<V, scalar_t>(affine, t, channel)](int64_t i) {
+          store(out + i, V(act.value(line.at(load<V>(in + i)))));
         };
       });
     });
@@ -163,17 +153,17 @@ Tensor normalised(const Rows& s, const Tensor& x, const Affine& affine, Tensor y
   return y;
 }
 
-// With g the gradient at y, zero where the rectifier is: (gamma r (g - m(g) - z m(g z)), sum(g z), sum(g)).
-template <bool relu>
-std::tuple<Tensor, Tensor, Tensor> derivative(const Rows& s, const Tensor& g, const Tensor& x, const Affine& affine) {
+// With g the gradient at y, f' times that at f(y): (gamma r (g - m(g) - z m(g z)), sum(g z), sum(g)).
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor> derivative(const Rows& s, const A& act, const Tensor& g, const Tensor& x, const Affine& affine) {
   Tensor dx = at::empty_like(x), dgamma = at::empty_like(affine.mean), dbeta = at::empty_like(affine.mean);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "derivative", [&] {
     over_tasks(s, [&](int64_t t) {
       const scalar_t *gs = of_task<scalar_t>(g, t), *in = of_task<scalar_t>(x, t);
-      const auto sum = sums<2, scalar_t>(s, [&](auto zero, int64_t channel) {
+      const auto sum = sums<2, scalar_t, at_once<A>>(s, [&](auto zero, int64_t channel) {
         using V = decltype(zero);
-        return [gs, in, line = Line<V, scalar_t>(affine, t, channel)](int64_t i, V* part) {
-          const V xi = load<V>(in + i), gi = passed<relu, V>(load<V>(gs + i), line.at(xi));
+        return [act, gs, in, line = Line<V, scalar_t>(affine, t, channel)](int64_t i, V* part) {
+          const V xi = load<V>(in + i), gi = V(act.back(load<V>(gs + i), line.at(xi)));
           part[0] += gi;
           part[1] += gi * (xi - line.mean);
         };
@@ -187,11 +177,11 @@ std::tuple<Tensor, Tensor, Tensor> derivative(const Rows& s, const Tensor& g, co
         of_1[j] = -slope * sum[0][j] / s.rows;
       }
       scalar_t* out = of_task<scalar_t>(dx, t);
-      over_rows<scalar_t>(s, [&](auto zero, int64_t channel) {
+      over_rows<scalar_t, at_once<A>>(s, [&](auto zero, int64_t channel) {
         using V = decltype(zero);
-        return [gs, in, out, line = Line<V, scalar_t>(affine, t, channel), b = load<V>(&of_d[channel]),
+        return [act, gs, in, out, line = Line<V, scalar_t>(affine, t, channel), b = load<V>(&of_d[channel]),
                 c = load<V>(&of_1[channel])](int64_t i) {
-          const V xi = load<V>(in + i), gi = passed<relu, V>(load<V>(gs + i), line.at(xi));
+          const V xi = load<V>(in + i), gi = V(act.back(load<V>(gs + i), line.at(xi)));
           store(out + i, V(line.slope * gi + b * (xi - line.mean) + c));
         };
       });
@@ -201,114 +191,91 @@ std::tuple<Tensor, Tensor, Tensor> derivative(const Rows& s, const Tensor& g, co
 }
 
 // With cotangents (u, a, b) of the three results above: the derivatives of sum(u dx) + a dgamma + b dbeta with respect to
-// (g, x, gamma),
-//   g:      gamma r (u - m(u) - z q) + a z + b,                         k = m(g z), q = m(u z)
-//   x:      r (w - m(w) - z m(w z)) - gamma r^2 e z,                    w = a g - gamma r (q g + k u)
-//   gamma:  r R e,                                                      e = m(u g) - m(u) m(g) - q k
-template <bool relu>
-std::tuple<Tensor, Tensor, Tensor> second_derivative(const Rows& s, const Tensor& u, const Tensor& a, const Tensor& b,
-                                                     const Tensor& g, const Tensor& x, const Affine& affine) {
-  Tensor dg = at::empty_like(x), dx = at::empty_like(x), dgamma = at::empty_like(affine.mean);
+// (g, x, gamma, beta), g being the gradient at f(y) now and h = f'(y) g that at y. With respect to h they are those of a batch
+// normalisation without activation,
+//   h:      v = gamma r (u - m(u) - z q) + a z + b,                     k = m(h z), q = m(u z)
+//   x:      r (w - m(w) - z m(w z)) - gamma r^2 e z,                    w = a h - gamma r (q h + k u)
+//   gamma:  r R e,                                                      e = m(u h) - m(u) m(h) - q k
+// Of g there remains f'(y) v, and where f is curved p = f''(y) g v reaches y as a gradient does: it adds
+//   x:      gamma r (p - m(p) - z m(p z)),         gamma:  sum(p z),         beta:  sum(p)
+// for which the first pass sums what v is made of, weighted by f''(y) g.
+template <typename A>
+std::tuple<Tensor, Tensor, Tensor, Tensor> second_derivative(const Rows& s, const A& act, const Tensor& u, const Tensor& a,
+                                                             const Tensor& b, const Tensor& g, const Tensor& x,
+                                                             const Affine& affine) {
+  Tensor dg = at::empty_like(x), dx = at::empty_like(x), dgamma = at::empty_like(affine.mean), dbeta;
+  if constexpr (A::smooth) dbeta = at::empty_like(affine.mean);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "second_derivative", [&] {
     over_tasks(s, [&](int64_t t) {
       const scalar_t *us = of_task<scalar_t>(u, t), *gs = of_task<scalar_t>(g, t), *in = of_task<scalar_t>(x, t);
-      const auto sum = sums<5, scalar_t>(s, [&](auto zero, int64_t channel) {
+      const auto sum = sums<A::smooth ? 10 : 5, scalar_t, at_once<A>>(s, [&](auto zero, int64_t channel) {
         using V = decltype(zero);
-        return [us, gs, in, line = Line<V, scalar_t>(affine, t, channel)](int64_t i, V* part) {
-          const V xi = load<V>(in + i), gi = passed<relu, V>(load<V>(gs + i), line.at(xi)), ui = load<V>(us + i),
-                  d = xi - line.mean;
-          part[0] += gi;
+        return [act, us, gs, in, line = Line<V, scalar_t>(affine, t, channel)](int64_t i, V* part) {
+          const V xi = load<V>(in + i), ui = load<V>(us + i), d = xi - line.mean;
+          V hi = load<V>(gs + i);
+          if constexpr (A::smooth) {
+            const auto slopes = act.slopes(line.at(xi));
+            const V ci = hi * slopes.second;
+            part[5] += ci;
+            part[6] += ci * ui;
+            part[7] += ci * d;
+            part[8] += ci * ui * d;
+            part[9] += ci * d * d;
+            hi = hi * slopes.first;
+          } else {
+            hi = act.back(hi, line.at(xi));
+          }
+          part[0] += hi;
           part[1] += ui;
-          part[2] += gi * ui;
-          part[3] += gi * d;
+          part[2] += hi * ui;
+          part[3] += hi * d;
           part[4] += ui * d;
         };
       });
-      // dg = slope u + gd (x - mean) + g1, dx = gd g + xu u + xd (x - mean) + x1
-      std::vector<scalar_t> gd(s.channels), g1(s.channels), xu(s.channels), xd(s.channels), x1(s.channels);
+      // v = slope u + vd (x - mean) + v1, dx = xh h + xu u + xd (x - mean) + x1 + slope p
+      std::vector<scalar_t> vd(s.channels), v1(s.channels), xh(s.channels), xu(s.channels), xd(s.channels), x1(s.channels);
       for (int64_t j = 0; j < s.channels; ++j) {
         const double r = of_task<scalar_t>(affine.r, t)[j], slope = of_task<scalar_t>(affine.gamma, t)[j] * r,
-                     n = s.rows, mg = sum[0][j] / n, mu = sum[1][j] / n, k = sum[3][j] * r / n, q = sum[4][j] * r / n,
-                     e = sum[2][j] / n - mg * mu - q * k;
-        const double wg = of_task<scalar_t>(a, t)[j] - slope * q, wu = -slope * k;  // w = wg g + wu u
+                     n = s.rows, mh = sum[0][j] / n, mu = sum[1][j] / n, k = sum[3][j] * r / n, q = sum[4][j] * r / n,
+                     e = sum[2][j] / n - mh * mu - q * k;
+        const double wh = of_task<scalar_t>(a, t)[j] - slope * q, wu = -slope * k;  // w = wh h + wu u
         of_task<scalar_t>(dgamma, t)[j] = r * n * e;
-        gd[j] = wg * r;
-        g1[j] = of_task<scalar_t>(b, t)[j] - slope * mu;
+        vd[j] = wh * r;
+        v1[j] = of_task<scalar_t>(b, t)[j] - slope * mu;
+        xh[j] = r * wh;
         xu[j] = r * wu;
-        xd[j] = -r * r * (wg * k + wu * q + slope * e);
-        x1[j] = -r * (wg * mg + wu * mu);
+        xd[j] = -r * r * (wh * k + wu * q + slope * e);
+        x1[j] = -r * (wh * mh + wu * mu);
+        if constexpr (A::smooth) {
+          const double p = slope * sum[6][j] + vd[j] * sum[7][j] + v1[j] * sum[5][j],  // sums over rows, of p and of p (x - mean)
+              pd = slope * sum[8][j] + vd[j] * sum[9][j] + v1[j] * sum[7][j];
+          of_task<scalar_t>(dgamma, t)[j] += r * pd;
+          of_task<scalar_t>(dbeta, t)[j] = p;
+          xd[j] -= slope * r * r * pd / n;
+          x1[j] -= slope * p / n;
+        }
       }
       scalar_t *out_g = of_task<scalar_t>(dg, t), *out_x = of_task<scalar_t>(dx, t);
-      over_rows<scalar_t>(s, [&](auto zero, int64_t channel) {
+      over_rows<scalar_t, at_once<A>>(s, [&](auto zero, int64_t channel) {
         using V = decltype(zero);
-        return [us, gs, in, out_g, out_x, line = Line<V, scalar_t>(affine, t, channel), vgd = load<V>(&gd[channel]),
-                vg1 = load<V>(&g1[channel]), vxu = load<V>(&xu[channel]), vxd = load<V>(&xd[channel]),
-                vx1 = load<V>(&x1[channel])](int64_t i) {
-          const V xi = load<V>(in + i), y = line.at(xi), gi = passed<relu, V>(load<V>(gs + i), y), ui = load<V>(us + i),
-                  d = xi - line.mean;
-          store(out_g + i, passed<relu, V>(line.slope * ui + vgd * d + vg1, y));
-          store(out_x + i, V(vgd * gi + vxu * ui + vxd * d + vx1));
+        return [act, us, gs, in, out_g, out_x, line = Line<V, scalar_t>(affine, t, channel), vvd = load<V>(&vd[channel]),
+                vv1 = load<V>(&v1[channel]), vxh = load<V>(&xh[channel]), vxu = load<V>(&xu[channel]),
+                vxd = load<V>(&xd[channel]), vx1 = load<V>(&x1[channel])](int64_t i) {
+          const V xi = load<V>(in + i), y = line.at(xi), gi = load<V>(gs + i), ui = load<V>(us + i), d = xi - line.mean;
+          const V v = line.slope * ui + vvd * d + vv1;
+          if constexpr (A::smooth) {
+            const auto slopes = act.slopes(y);
+            store(out_g + i, V(slopes.first * v));
+            store(out_x + i, V(vxh * (slopes.first * gi) + vxu * ui + vxd * d + vx1 + line.slope * (slopes.second * gi * v)));
+          } else {
+            store(out_g + i, V(act.back(v, y)));
+            store(out_x + i, V(vxh * act.back(gi, y) + vxu * ui + vxd * d + vx1));
+          }
         };
       });
     });
   });
-  return {dg, dx, dgamma};
-}
-
-inline Tensor rows_of(const Tensor& x) { return channels_last(x).flatten(1, 3); }
-inline Rows shape_of_rows(const Tensor& rows) { return {rows.size(0), rows.size(1), rows.size(2)}; }
-
-// Rows [T, R, C] as images like `like`.
-inline Tensor images_of(const Tensor& rows, const Tensor& like) {
-  return rows.reshape({like.size(0), like.size(1), like.size(3), like.size(4), like.size(2)}).permute({0, 1, 4, 2, 3});
-}
-
-template <bool relu>
-struct NormBackward : Function<NormBackward<relu>> {
-  static tensor_list forward(AutogradContext* ctx, const Tensor& g, const Tensor& x, const Tensor& gamma,
-                             const Tensor& beta, const Tensor& mean, const Tensor& r) {
-    ctx->save_for_backward({g, x, gamma, beta, mean, r});
-    const Tensor rows = rows_of(x);
-    const Affine affine{gamma.contiguous(), beta.contiguous(), mean, r};
-    auto [dx, dgamma, dbeta] = derivative<relu>(shape_of_rows(rows), rows_of(g), rows, affine);
-    return {images_of(dx, x), dgamma, dbeta};
-  }
-  static tensor_list backward(AutogradContext* ctx, const tensor_list& grads) {
-    TORCH_CHECK(!at::GradMode::is_enabled(),  // create_graph=True: the result would be taken for a constant
-                "this batch normalisation has no third derivative; use execution vmap or loop");
-    const auto saved = ctx->get_saved_variables();
-    const Tensor &g = saved[0], &x = saved[1], rows = rows_of(x);
-    const Affine affine{saved[2].contiguous(), saved[3].contiguous(), saved[4], saved[5]};
-    auto [dg, dx, dgamma] = second_derivative<relu>(shape_of_rows(rows), rows_of(grads[0]), grads[1].contiguous(),
-                                                    grads[2].contiguous(), rows_of(g), rows, affine);
-    return {images_of(dg, x), images_of(dx, x), dgamma, Tensor(), Tensor(), Tensor()};
-  }
-};
-
-template <bool relu>
-struct Norm : Function<Norm<relu>> {
-  static Tensor forward(AutogradContext* ctx, const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps) {
-    const Tensor rows = rows_of(x);
-    const Rows s = shape_of_rows(rows);
-    const auto [mean, r] = statistics(s, rows, eps);
-    ctx->save_for_backward({x, gamma, beta, mean, r});
-    const Tensor y = empty_images(x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), x);
-    return normalised<relu>(s, rows, {gamma.contiguous(), beta.contiguous(), mean, r}, y);
-  }
-  static tensor_list backward(AutogradContext* ctx, const tensor_list& grads) {
-    const auto saved = ctx->get_saved_variables();
-    auto found = NormBackward<relu>::apply(grads[0], saved[0], saved[1], saved[2], saved[3], saved[4]);
-    return {found[0], found[1], found[2], Tensor()};
-  }
-};
-
-inline Tensor batch_norm(const Tensor& x, const Tensor& gamma, const Tensor& beta, double eps, bool relu) {
-  if (x.dim() == 4)
-    return batch_norm(x.unsqueeze(0), gamma.unsqueeze(0), beta.unsqueeze(0), eps, relu).squeeze(0);
-  const std::vector<int64_t> channels{x.size(0), x.size(2)};
-  TORCH_CHECK(x.dim() == 5 && gamma.sizes().vec() == channels && beta.sizes().vec() == channels,
-              "batch_norm takes [T, n, c, h, w] and [T, c], got ", x.sizes(), ", ", gamma.sizes(), ", ", beta.sizes());
-  return relu ? Norm<true>::apply(x, gamma, beta, eps) : Norm<false>::apply(x, gamma, beta, eps);
+  return {dg, dx, dgamma, dbeta};
 }
 
 }  // namespace imaml

@@ -127,9 +127,8 @@ class ForwardPolicy(TorchFunctionMode):
     def _batch_norm_activation(
         self, input: Tensor, weight: Tensor, bias: Tensor, eps: float, activation: Activation
     ) -> Tensor:
-        own = self._statistics is None and not self._collect and self._takes_norm(input, weight, bias)
-        if own and activation.name == "relu":
-            return kernels.batch_norm(input, weight, bias, eps, relu=True)
+        if self._statistics is None and not self._collect and self._takes_norm(input, weight, bias):
+            return kernels.batch_norm(input, weight, bias, eps, activation.name, activation.beta)
         return activation(self._batch_norm(input, None, None, weight, bias, training=True, eps=eps))  # type: ignore[no-any-return]
 
     def _uncast(self, input: Tensor) -> Tensor:

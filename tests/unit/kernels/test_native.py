@@ -70,24 +70,24 @@ def test_float32_convolutions_of_few_and_of_many_images_keep_their_digits(name, 
         assert float((ours.double() - theirs).detach().norm() / theirs.detach().norm()) < 1e-5
 
 
-@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("activation", ["identity", "relu"])
 @pytest.mark.parametrize("channels", [3, 18])
-def test_batch_normalisation_is_that_of_torch_for_every_task_and_twice_differentiable(channels, relu):
+def test_batch_normalisation_is_that_of_torch_for_every_task_and_twice_differentiable(channels, activation):
     x, gamma, beta = random(2, 3, channels, 2, 4), random(2, channels, seed=1), random(2, channels, seed=2)
     given = [tensor.requires_grad_() for tensor in (x, gamma, beta)]
     expected = torch.stack([F.batch_norm(x[t], None, None, gamma[t], beta[t], True) for t in range(2)])
     assert expected.abs().min() > 1e-4  # no place so near the rectifier's kink that differences would cross it
-    expected = expected.relu() if relu else expected
-    torch.testing.assert_close(native.batch_norm(*given, 1e-5, relu), expected, rtol=1e-12, atol=1e-12)
-    assert gradcheck(lambda *a: native.batch_norm(*a, 1e-5, relu), given, fast_mode=channels > 3)
-    assert gradgradcheck(lambda *a: native.batch_norm(*a, 1e-5, relu), given, fast_mode=channels > 3)
+    expected = expected.relu() if activation == "relu" else expected
+    torch.testing.assert_close(native.batch_norm(*given, 1e-5, activation), expected, rtol=1e-12, atol=1e-12)
+    assert gradcheck(lambda *a: native.batch_norm(*a, 1e-5, activation), given, fast_mode=channels > 3)
+    assert gradgradcheck(lambda *a: native.batch_norm(*a, 1e-5, activation), given, fast_mode=channels > 3)
 
 
 def test_a_rectified_nan_stays_one_and_a_zero_lets_nothing_back():
     x, gamma = random(1, 2, 3, 2, 2), torch.tensor([[1.0, 0.0, 1.0]], dtype=torch.float64)
     x[0, 0, 2, 0, 0] = torch.nan
     x.requires_grad_()
-    y = native.batch_norm(x, gamma, torch.zeros_like(gamma), 1e-5, relu=True)
+    y = native.batch_norm(x, gamma, torch.zeros_like(gamma), 1e-5, "relu")
     assert y[0, :, 2].isnan().all() and not y[0, :, :2].isnan().any()
     (back,) = torch.autograd.grad(y.sum(), x)
     assert (back[0, :, 1] == 0).all()  # y = 0 there, and torch's rectifier has derivative 0 at 0
@@ -101,14 +101,15 @@ def test_a_third_derivative_of_batch_normalisation_is_refused_and_not_wrong():
         torch.autograd.grad(first.pow(2).sum(), x, create_graph=True)
 
 
+@pytest.mark.parametrize("activation", ["relu", "silu", "gelu", "softplus"])
 @pytest.mark.parametrize(("dtype", "images"), [(torch.float32, 10), (torch.float32, 40), (torch.float64, 40)])
-def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype, images):
+def test_a_task_has_the_bits_that_it_has_alone_with_any_number_of_threads(dtype, images, activation):
     (x, k, b), stride, padding = convolution("many-channels", tasks=5, images=images, dtype=dtype)
     gamma = random(5, 17, dtype=dtype)
 
     def results(rows):
         given = [tensor.detach()[rows].requires_grad_() for tensor in (x, k, b, gamma)]
-        y = native.batch_norm(native.conv2d(*given[:3], stride, padding), given[3], given[2], 1e-5, relu=True)
+        y = native.batch_norm(native.conv2d(*given[:3], stride, padding), given[3], given[2], 1e-5, activation)
         first = torch.autograd.grad(y.pow(2).sum(), given, create_graph=True)
         second = torch.autograd.grad(sum(part.pow(2).sum() for part in first), given)
         return [y, *first, *second]
@@ -139,7 +140,7 @@ def test_a_task_that_threads_share_has_the_bits_of_one_thread(name, dtype):
             torch.set_num_threads(threads)
             given = [tensor.detach().requires_grad_() for tensor in (x, k, b, gamma)]
             y = native.conv2d(*given[:3], stride, padding)
-            z = native.batch_norm(y, given[3], given[2], 1e-5, relu=True)
+            z = native.batch_norm(y, given[3], given[2], 1e-5, "relu")
             weights = random(*z.shape, dtype=dtype)
             first = torch.autograd.grad((z * weights).sum(), given, create_graph=True)
             # Without their sums over all that torch takes, whose order is its own.
@@ -165,12 +166,12 @@ torch.set_num_threads(2)
 x, k = (torch.randn(1, 100, 28, 28, 16).permute(0, 1, 4, 2, 3) for _ in "xk")
 x, k, gamma = x.requires_grad_(), torch.randn(1, 16, 16, 3, 3, requires_grad=True), torch.ones(1, 16, requires_grad=True)
 y = native.conv2d(x, k, None, 1, 1)
-z, back = native.batch_norm(y, gamma, gamma, 1e-5, True), torch.ones_like(y)
+z, back = native.batch_norm(y, gamma, gamma, 1e-5, "relu"), torch.ones_like(y)
 for work in (
     lambda: native.conv2d(x, k, None, 1, 1),
     lambda: torch.autograd.grad(y, x, back, retain_graph=True),
     lambda: torch.autograd.grad(y, k, back, retain_graph=True),
-    lambda: native.batch_norm(y, gamma, gamma, 1e-5, True),
+    lambda: native.batch_norm(y, gamma, gamma, 1e-5, "relu"),
     lambda: torch.autograd.grad(z, y, back, retain_graph=True),
 ):
     work()
