@@ -55,7 +55,7 @@ class Reference(StrEnum):
     INDEFINITE = "indefinite"
     """`H + Lambda` is not positive definite at the stationary point that was found, so that it is no minimiser."""
     NO_DERIVATIVE = "no_derivative"
-    """The two step sizes disagree by more than `AGREE`, or an inner solve at a moved theta failed."""
+    """The two step sizes disagree by more than `AGREE`, an inner solve at a moved theta failed, or all differences are zero."""
 
 
 @dataclass(frozen=True)
@@ -242,9 +242,9 @@ def _extremes(curvature: Matvec, proximal: Proximal, start: Tensor) -> Ritz:
 
 
 def _relative(guess: Tensor, truth: Tensor) -> float:
-    """`||guess - truth|| / ||truth||`; 0 where both are zero."""
-    off, size = float(torch.linalg.vector_norm(guess - truth)), float(torch.linalg.vector_norm(truth))
-    return 0.0 if off == size == 0 else off / size if size else math.inf
+    """`||guess - truth|| / ||truth||`; nan where the truth is zero."""
+    size = float(torch.linalg.vector_norm(truth))
+    return float(torch.linalg.vector_norm(guess - truth)) / size if size else math.nan
 
 
 def _random(key: int, rows: int, like: Tensor) -> Tensor:
