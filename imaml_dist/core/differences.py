@@ -16,14 +16,21 @@ from imaml_dist.core.inner.newton_cg import newton_cg
 from imaml_dist.core.inner.problem import InnerProblem
 from imaml_dist.core.proximal.protocol import Proximal
 
-GOAL = 1e-9
+GOAL = 1e-8
 """Of the inner solves at a moved theta: gradient norm over that which the move brought, `||Lambda (theta' - theta)||`."""
 
 ENOUGH = 1e-5
 """The same, above which such a solve has failed, and its quotient is nan."""
 
-NEWTON_STEPS, CG_ITERATIONS, ROUNDS = 20, 60, 5
-"""Newton steps of a round, products for each direction, and rounds of an inner solve, all at most."""
+NEWTON_STEPS, ROUNDS = 10, 16
+"""Newton steps of a round, and rounds of an inner solve, at most."""
+
+CG_ITERATIONS, DOUBLINGS = 60, 3
+"""Products for each Newton direction in the first round, and how often they are doubled from round to round: on the way a rough
+direction does, at the end of an ill-conditioned solve it does not."""
+
+SLOWEST = 1e-3
+"""Relative fall of G in a round, below which it goes nowhere unless the gradient is halved."""
 
 
 @dataclass(frozen=True)
@@ -45,8 +52,8 @@ def nearby_minimiser(
 ) -> tuple[Tensor, Tensor]:
     """A stationary point of `G(phi) = L(phi) + 1/2 (phi - theta)' Lambda (phi - theta)` reached downhill from a start.
 
-    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. It gives up where a round halved no
-    task's gradient, as at a kink of L.
+    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. It gives up where a round neither
+    halved a task's gradient nor lowered its G, as at a kink of L.
 
     Args:
         objective: L, `[T, P] -> [T]`, twice differentiable.
@@ -65,20 +72,26 @@ def nearby_minimiser(
         norm: Tensor = torch.linalg.vector_norm(inner.loss_and_gradient(phi)[1], dim=-1)
         return norm
 
-    phi, left = start, size(start)
-    for _ in range(ROUNDS):
+    def total(phi: Tensor) -> Tensor:
+        with torch.no_grad():
+            return inner.total(objective(phi), phi)
+
+    phi, left, value = start, size(start), total(start)
+    first = left
+    for round_ in range(ROUNDS):
         if not bool((left > goal).any()):
             break
         phi = newton_cg(
             lambda at: inner.total(objective(at), at),
             phi,
             steps=NEWTON_STEPS,
-            cg_iterations=min(CG_ITERATIONS, phi.shape[1]),
+            cg_iterations=min(CG_ITERATIONS << min(round_, DOUBLINGS), phi.shape[1]),
             tolerance=float(torch.nan_to_num(goal / left, nan=0.5).min().clamp(max=0.5)),
-            damping=damping,
+            damping=damping * float(torch.nan_to_num(left / first, nan=1.0).max()),
         ).params
-        before, left = left, size(phi)
-        if not bool((left < before / 2).any()):
+        left_before, left = left, size(phi)
+        value_before, value = value, total(phi)
+        if not bool(((left < left_before / 2) | (value < value_before - SLOWEST * value_before.abs())).any()):
             break
     return phi, left
 
