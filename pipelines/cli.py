@@ -109,6 +109,23 @@ def evaluate(
 
 
 @app.command()
+def diagnose(
+    run: Run,
+    tasks: Annotated[int, typer.Option(help="Number of tasks; each takes seconds to minutes.")] = 50,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    json_file: Json = None,
+) -> None:
+    """Say whether the implicit gradient of a run is one: the inner solve, the system, and the error of the meta-gradient."""
+    with exit_codes():
+        from imaml_dist.tracking.metrics_file import finite
+        from pipelines.diagnose import diagnose_run
+
+        result = diagnose_run(run, split, tasks)
+        if json_file is not None:
+            json_file.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
 def submit(
     config: Annotated[Path, typer.Argument(help="Configuration file.", show_default=False)],
     run_dir: Annotated[

@@ -23,6 +23,7 @@ from imaml_dist.errors import ConfigError
 from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.remote_run import open_run
+from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import updates_of
 from pipelines import console, kernels
 
@@ -42,6 +43,27 @@ def check_choice(split: str, tasks: int) -> None:
         )
 
 
+def opened(path: str | Path) -> tuple[RunDirectory, ExperimentConfig]:
+    """A run with its configuration; what the user's own modules are imported from is importable.
+
+    Raises:
+        InputError: no such run.
+    """
+    sys.path.insert(0, os.getcwd())
+    run = open_run(path)
+    run.collect()
+    return run, run.config()
+
+
+def as_possible_here(config: ExperimentConfig) -> ExperimentConfig:
+    """The configuration without a GPU, and without our own kernels, where this machine has none."""
+    if config.run.device == "cuda" and not torch.cuda.is_available():
+        config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
+    if config.run.execution == "native" and not kernels.usable():
+        config = config.model_copy(update={"run": config.run.model_copy(update={"execution": "vmap"})})
+    return config
+
+
 def evaluate_run(
     path: str | Path, split: str | None = None, tasks: int | None = None, manifest: str | None = None
 ) -> dict[str, Any]:
@@ -56,14 +78,8 @@ def evaluate_run(
     Raises:
         InputError: no such run, split or checkpoint, or a manifest that cannot be used with it.
     """
-    sys.path.insert(0, os.getcwd())
-    run = open_run(path)
-    run.collect()
-    config = run.config()
-    if config.run.device == "cuda" and not torch.cuda.is_available():
-        config = config.model_copy(update={"run": config.run.model_copy(update={"device": "cpu"})})
-    if config.run.execution == "native" and not kernels.usable():
-        config = config.model_copy(update={"run": config.run.model_copy(update={"execution": "vmap"})})
+    run, config = opened(path)
+    config = as_possible_here(config)
     prepare_process(config)
     frozen = None if manifest is None else _fitting(config, manifest, split, tasks)
     if frozen is None:

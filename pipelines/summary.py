@@ -13,6 +13,7 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.distributed.traffic import KEYS
 from imaml_dist.errors import InputError
+from imaml_dist.reporting.cautions import in_short
 from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.mlflow_run import MlflowRun
 from imaml_dist.training.run_directory import RunDirectory
@@ -127,6 +128,7 @@ def show_summary(run: RunDirectory) -> None:
                 facts.get("untrained_accuracy_inductive"), facts.get("untrained_ci95_inductive")
             ),
             "meta-steps": f"{facts['meta_steps']} in {facts['seconds']:.0f} s on {facts['world_size']} worker(s)",
+            **_doubts(facts, run),
             "restarts": str(facts["restarts"]),
             "tasks per second": "-" if facts["tasks_per_second"] is None else f"{facts['tasks_per_second']:.1f}",
             **_asked(facts.get("storage")),
@@ -136,6 +138,12 @@ def show_summary(run: RunDirectory) -> None:
         },
         console.TWO_ACCURACIES if facts["test_accuracy"] is not None else "",
     )
+
+
+def _doubts(facts: dict[str, Any], run: RunDirectory) -> dict[str, str]:
+    if facts["algorithm"] != "imaml":
+        return {}
+    return {"is the implicit gradient one?": in_short(metrics_file.read(run.metrics_file))}
 
 
 def versions() -> dict[str, str]:

@@ -91,7 +91,8 @@ def lanczos(matvec: Matvec, start: Tensor, steps: int) -> Ritz:
     ends = [_extremes(alpha[:k, t], beta[:k, t]) if good else None for t, (k, good) in enumerate(_pairs(taken, finite))]
     nothing = start.new_full((4,), torch.nan)
     table = torch.stack([nothing if found is None else found for found in ends])
-    return Ritz(*table.unbind(1), steps=taken)
+    smallest, largest, smallest_bound, largest_bound = table.unbind(1)
+    return Ritz(smallest, largest, smallest_bound, largest_bound, taken)
 
 
 def _within(basis: Tensor, w: Tensor) -> Tensor:

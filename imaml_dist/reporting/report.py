@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from imaml_dist.errors import InputError
 from imaml_dist.reporting import drawing, figures
+from imaml_dist.reporting.cautions import ALL_WELL, cautions
 from imaml_dist.reporting.learned import COLOURS, learned_curves, read_learned
 from imaml_dist.reporting.page import draw, duration, percent, render
 from imaml_dist.reporting.reading import (
@@ -70,6 +71,8 @@ def write_report(run: Path) -> Path:
         curve=draw(figures.learning_curve(records, head["way"], best), "curve") if records else None,
         histogram=_histogram(trained, untrained, head["way"], evaluation),
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
+        cautions=cautions(records) if head["kind"] == "imaml" else None,
+        all_well=ALL_WELL,
         outcomes=_outcomes(records),
         learned=_learned(records),
         episode=_episode(read_episode(run / "evaluation.json", evaluation)),

@@ -1,0 +1,110 @@
+"""Central differences through the inner solve against closed forms, and what they say where there is no derivative."""
+
+import pytest
+import torch
+from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise
+
+from imaml_dist.core.differences import central_differences, nearby_minimiser
+from imaml_dist.core.proximal.diagonal import DiagonalProximal
+from imaml_dist.core.proximal.scalar import ScalarProximal
+
+LAM = 0.5
+
+
+def _draw(*shape, seed):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def test_on_a_quadratic_task_they_are_the_closed_form():
+    problem, theta, directions = Quadratics.random(1, 9, seed=1), _draw(1, 9, seed=2), _draw(3, 9, seed=3)
+    found = central_differences(
+        problem.support_loss,
+        problem.query_loss,
+        theta[0],
+        problem.solution(theta, LAM)[0],
+        directions,
+        1e-3,
+        proximal=ScalarProximal(LAM),
+    )
+    truth = directions @ problem.meta_gradient(theta, LAM)[0]
+    assert torch.allclose(found.values, truth, rtol=1e-8)
+    assert torch.allclose(found.wide, truth, rtol=1e-8)  # F is quadratic, so that differences of any size are exact
+
+
+@pytest.mark.parametrize("at_once", [1, 5, 99])
+def test_on_a_network_with_an_indefinite_hessian_they_are_the_implicit_gradient(at_once):
+    problem, theta, directions = TanhRegression.random(1, seed=1), _draw(1, 13, seed=2), _draw(4, 13, seed=3)
+    best = minimise(problem.support_loss, theta, LAM)
+    system = dense_hessian(problem.support_loss, best)[0] + LAM * torch.eye(13, dtype=torch.float64)
+    assert torch.linalg.eigvalsh(system)[0] > 0
+    at = best.clone().requires_grad_(True)
+    (v,) = torch.autograd.grad(problem.query_loss(at).sum(), at)
+    truth = LAM * directions @ torch.linalg.solve(system, v[0])
+    arguments = (problem.support_loss, problem.query_loss, theta[0], best[0], directions)
+    errors = []
+    for step in (4e-2, 1e-4):
+        found = central_differences(*arguments, step, proximal=ScalarProximal(LAM), at_once=at_once)
+        errors.append([float((q - truth).norm() / truth.norm()) for q in (found.wide, found.values)])
+    assert errors[0][0] == pytest.approx(4 * errors[0][1], rel=0.1), (
+        "the error of central differences is of second order"
+    )
+    assert max(errors[1]) < 1e-7
+
+
+def test_the_minimiser_is_found_from_afar_for_every_task_and_any_lambda():
+    problem, theta = TanhRegression.random(3, seed=1), _draw(3, 13, seed=2)
+    goal = torch.full((3,), 1e-10, dtype=torch.float64)
+    proximal = DiagonalProximal(torch.linspace(0.4, 2, 13, dtype=torch.float64))
+    phi, left = nearby_minimiser(
+        problem.support_loss, theta, theta + _draw(3, 13, seed=5), goal, proximal=proximal, damping=1.0
+    )
+    at = phi.clone().requires_grad_(True)
+    (gradient,) = torch.autograd.grad((problem.support_loss(at) + proximal.value(at - theta)).sum(), at)
+    assert torch.allclose(gradient.norm(dim=1), left)
+    assert (left <= goal).all()
+
+
+def test_where_the_minimiser_is_a_kink_it_is_said():
+    def kinked(phi):
+        return 5 * phi.abs().sum(-1)
+
+    one = torch.ones(1, 4, dtype=torch.float64)
+    _, left = nearby_minimiser(kinked, one, one, 1e-8 * one[:, 0], proximal=ScalarProximal(LAM), damping=1.0)
+    assert float(left) > 1
+    found = central_differences(
+        kinked,
+        kinked,
+        one[0],
+        torch.zeros(4, dtype=torch.float64),
+        _draw(2, 4, seed=1),
+        1e-3,
+        proximal=ScalarProximal(LAM),
+    )
+    assert found.values.isnan().all() and found.wide.isnan().all()
+
+
+def test_a_loss_that_is_not_finite_is_no_derivative():
+    def broken(phi):
+        return (phi * torch.nan).sum(-1)
+
+    one = torch.ones(1, 4, dtype=torch.float64)
+    _, left = nearby_minimiser(broken, one, one, 1e-8 * one[:, 0], proximal=ScalarProximal(LAM), damping=1.0)
+    assert left.isnan().all()
+    found = central_differences(broken, broken, one[0], one[0], one, 1e-3, proximal=ScalarProximal(LAM))
+    assert found.values.isnan().all()
+
+
+@pytest.mark.parametrize(("step", "at_once"), [(0.0, 1), (float("nan"), 1), (1.0, 0)])
+def test_what_cannot_be_done_is_refused(step, at_once):
+    one = torch.ones(3)
+    with pytest.raises(ValueError, match="need step > 0 and at_once >= 1"):
+        central_differences(
+            lambda p: p.sum(-1),
+            lambda p: p.sum(-1),
+            one,
+            one,
+            one[None],
+            step,
+            proximal=ScalarProximal(1),
+            at_once=at_once,
+        )
