@@ -122,7 +122,7 @@ def follow_to_end(job: JobHandle, jobs: Jobs) -> int:
         Exit code of the job, or 130 if it was stopped or this is interrupted.
 
     Raises:
-        ClusterError: the cluster cannot be reached any more, or the command could not be run.
+        ClusterError: the cluster cannot be reached any more or has no such job any more, or the command could not be run.
     """
     try:
         for text in job.logs(follow=True):
@@ -135,6 +135,11 @@ def follow_to_end(job: JobHandle, jobs: Jobs) -> int:
     except CancelledError as error:
         console.err.print(f"{error}; submitting it again goes on from its last checkpoint", soft_wrap=True)
         return INTERRUPTED
+    except InputError as error:  # it was there before
+        raise ClusterError(
+            f"job {job.id} is no longer there: it was deleted, or its cluster was begun anew; submitting it again goes on from its "
+            "last checkpoint"
+        ) from error
     if code == NOT_FOUND:
         raise ClusterError(
             f"job {job.id}: the cluster's head finds no imaml; install imaml_dist there, on the PATH that `ray start` is given"
