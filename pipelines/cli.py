@@ -138,7 +138,10 @@ def submit(
     id_: Annotated[
         str | None, typer.Option("--id", help="Of the job; made of configuration and run directory.")
     ] = None,
-    working_dir: Annotated[Path, typer.Option(help="Goes with the job, but for what is hidden or ignored.")] = Path(),
+    working_dir: Annotated[
+        Path | None,
+        typer.Option(help="Goes with the job, but for what is hidden or ignored; the current one if not given."),
+    ] = None,
     no_follow: Annotated[bool, typer.Option("--no-follow", help="Do not wait for its end.")] = False,
     k8s: Annotated[bool, typer.Option("--k8s", help="As a RayJob of KubeRay.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the manifest and submit nothing.")] = False,
@@ -151,24 +154,25 @@ def submit(
 ) -> None:
     """Train as a job of a Ray cluster, or as a RayJob on Kubernetes. The same again follows or resumes."""
     with exit_codes():
+        from pipelines.jobs import check_cluster
+
+        of_ray = {"--id": id_, "--working-dir": working_dir}
+        of_k8s = {"--image": image, "--namespace": namespace, "--options": options_file, "--dry-run": dry_run or None}
+        check_cluster(address, k8s, of_ray, of_k8s)
         given = {name: value for name, value in (("image", image), ("namespace", namespace)) if value is not None}
         kube = (config, set_ or [], run_dir, options_file, given)
-        if dry_run and k8s:
+        if dry_run:
             from cluster.kuberay import to_yaml
             from pipelines.submit import rayjob
 
             typer.echo(to_yaml(rayjob(*kube)), nl=False)
             return
-        if dry_run or not (k8s or address):
-            raise InputError(
-                "which cluster is not said; give --address http://head:8265 of a Ray dashboard, or --k8s, which --dry-run makes a manifest"
-            )
         from pipelines.jobs import submit_to_kubernetes, submit_to_ray
 
         if k8s:
             raise typer.Exit(submit_to_kubernetes(*kube, not no_follow))
         assert address is not None
-        raise typer.Exit(submit_to_ray(config, set_ or [], run_dir, address, id_, working_dir, not no_follow))
+        raise typer.Exit(submit_to_ray(config, set_ or [], run_dir, address, id_, working_dir or Path(), not no_follow))
 
 
 @app.command("freeze-tasks")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import CancelledError
 from datetime import datetime
 from pathlib import Path
@@ -42,11 +42,34 @@ def jobs_of(address: str | None, k8s: bool, namespace: str) -> Jobs:
         InputError: they name none, or two.
         ClusterError: it cannot be reached, or refuses.
     """
+    check_cluster(address, k8s)
     if k8s:
         return KubeJobs(namespace)
-    if address is None:
-        raise InputError("which cluster is not said; give --address http://head:8265 of a Ray dashboard, or --k8s")
+    assert address is not None
     return RayJobs(address)
+
+
+def check_cluster(
+    address: str | None, k8s: bool, of_ray: Mapping[str, Any] | None = None, of_k8s: Mapping[str, Any] | None = None
+) -> None:
+    """Options of a command must name one cluster, and be about its kind.
+
+    Args:
+        address: of a Ray cluster's dashboard; that of the environment gives way to `k8s`.
+        k8s: whether Kubernetes is meant.
+        of_ray: option -> value, None if not given: those that a Ray cluster's jobs have.
+        of_k8s: the same, those that RayJobs have.
+
+    Raises:
+        InputError: they do not.
+    """
+    if not k8s and address is None:
+        raise InputError("which cluster is not said; give --address http://head:8265 of a Ray dashboard, or --k8s")
+    if k8s and address not in (None, os.environ.get("RAY_API_SERVER_ADDRESS")):
+        raise InputError(f"--address {address} and --k8s given, which are two clusters; leave one away")
+    of_other, which = (of_ray, "with") if k8s else (of_k8s, "without")
+    if odd := [option for option, value in (of_other or {}).items() if value is not None]:
+        raise InputError(f"{', '.join(odd)} given {which} --k8s, where it means nothing; leave it away")
 
 
 def submit_to_ray(
@@ -122,7 +145,7 @@ def follow_to_end(job: JobHandle, jobs: Jobs) -> int:
         Exit code of the job, or 130 if it was stopped or this is interrupted.
 
     Raises:
-        ClusterError: the cluster cannot be reached any more, or the command could not be run.
+        ClusterError: the cluster cannot be reached any more or has no such job any more, or the command could not be run.
     """
     try:
         for text in job.logs(follow=True):
@@ -135,6 +158,11 @@ def follow_to_end(job: JobHandle, jobs: Jobs) -> int:
     except CancelledError as error:
         console.err.print(f"{error}; submitting it again goes on from its last checkpoint", soft_wrap=True)
         return INTERRUPTED
+    except InputError as error:  # it was there before
+        raise ClusterError(
+            f"job {job.id} is no longer there: it was deleted, or its cluster was begun anew; submitting it again goes on from its "
+            "last checkpoint"
+        ) from error
     if code == NOT_FOUND:
         raise ClusterError(
             f"job {job.id}: the cluster's head finds no imaml; install imaml_dist there, on the PATH that `ray start` is given"

@@ -1,6 +1,6 @@
 """A Ray cluster of several nodes on one machine, in a process of its own so that tests need no Ray themselves.
 
-Each word on its standard input is an order: `add` or `lose` (a node with one CPU); each is answered with a line.
+Each word on its standard input is an order: `add` or `lose` (a node with one CPU), or `where`; each is answered with a line.
 """
 
 import os
@@ -26,6 +26,11 @@ class RayCluster:
         self._process.stdin.write(word + "\n")
         self._process.stdin.flush()
         return self._process.stdout.readline().strip()
+
+    @property
+    def folder(self) -> Path:
+        """Of a cluster with a dashboard: where all of its nodes have their logs and what jobs bring."""
+        return Path(self.order("where"))
 
 
 def settings() -> dict[str, str]:
@@ -94,14 +99,17 @@ def _serve() -> None:
         write_ray_address(cluster.gcs_address, place)
     nodes = []
     for line in sys.stdin:
+        answer = cluster.address
         match line.strip():
+            case "where":
+                answer = place
             case "add":
                 # Each unpacks a job's folder in a place of its own: in one place they would replace it under each other.
                 nodes.append(cluster.add_node(num_cpus=1, runtime_env_dir_name=f"resources_{len(nodes)}", **own))
                 cluster.wait_for_nodes()
             case "lose":
                 cluster.remove_node(nodes.pop(), allow_graceful=False)
-        print(cluster.address, flush=True)
+        print(answer, flush=True)
     cluster.shutdown()
     if len(sys.argv) > 1:
         shutil.rmtree(place, ignore_errors=True)

@@ -1,96 +1,143 @@
-"""The cluster of the overlay's own RayJob on pretend machines: Ray started as KubeRay would start it, a job sent to it, and its bits."""
+"""The cluster of the overlay's own RayJob on pretend machines: Ray started as KubeRay would start it, jobs sent to it, pods lost."""
 
 import json
-import os
-import secrets
 import subprocess
 import sys
-import time
-from contextlib import contextmanager
 
 import pytest
 from helpers import netns
-from helpers.command import ROOT
+from helpers.command import Command, wait_for_step
 from helpers.manifests import of_job
-from helpers.ray_cluster import clean_environment
-from helpers.runs import tiny, train_alone, write_config
+from helpers.pods import pods
+from helpers.runs import fingerprint, tiny, train_alone, write_config
 
-from cluster.reproduce import ray_starts
+WHY_NOT = netns.why_not()
+pytestmark = [
+    pytest.mark.netns,
+    pytest.mark.slow,
+    pytest.mark.timeout(900),
+    pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT)),
+]
 
-pytestmark = [pytest.mark.netns, pytest.mark.slow]
-
-SUBMIT = """
-import sys, time
-from ray.job_submission import JobSubmissionClient
-client = JobSubmissionClient("http://127.0.0.1:8265")
-job = client.submit_job(entrypoint=sys.argv[1], submission_id="train")
-while not client.get_job_status(job).is_terminal():
-    time.sleep(0.5)
-print(client.get_job_status(job).value, client.get_job_info(job).driver_exit_code)
-print(client.get_job_logs(job))
-"""
+STEPS = 60
+"""Of the runs that something happens to."""
 
 UNAUTHORISED = """
-import urllib.error, urllib.request
+import sys, urllib.error, urllib.request
 try:
-    urllib.request.urlopen("http://127.0.0.1:8265/api/jobs/")
+    urllib.request.urlopen(sys.argv[1] + "/api/jobs/")
 except urllib.error.HTTPError as error:
     print(error.code)
 """
 
 
-@contextmanager
-def as_kuberay_starts_it(job, made, folder):
-    """The environment of the head, once it and all workers are up. Their object stores are those of a test."""
-    head, workers = ray_starts(job, made.addresses[0], "emulated")
-    assert workers.pods == len(made.addresses) - 1
-    own = {
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        "IMAML_KERNELS": os.environ["IMAML_KERNELS"],
-        "PYTHONPATH": str(ROOT),
-    }
-    started, environment = [], {}
-    for i, one in enumerate([head, *[workers] * workers.pods]):
-        assert one.secrets["RAY_AUTH_TOKEN"] == "emulated/auth_token"
-        environment[i] = {**clean_environment(), **one.environment, "IMAML_CACHE": str(folder / "cache"), **own}
-        words = [w for w in one.command[1:] if not w.startswith("--object-store-memory")]
-        words += [f"--object-store-memory={80 << 20}", f"--node-ip-address={made.addresses[i]}"]
-        log = folder / f"ray-{i}.log"
-        with open(log, "wb") as output:
-            ray = [*made.inside(i), sys.executable, "-m", "ray.scripts.scripts", *words]
-            started.append(
-                subprocess.Popen(ray, env=environment[i], stdin=subprocess.DEVNULL, stdout=output, stderr=output)
-            )
-        deadline = time.monotonic() + 90
-        while b"Ray runtime started" not in log.read_bytes():
-            assert started[-1].poll() is None and time.monotonic() < deadline, log.read_text()
-            time.sleep(0.1)
-    yield environment[0]
-    for i in range(len(started)):
-        made.kill(i)
-    for process in started:
-        process.wait(30)
+@pytest.fixture
+def cluster(tmp_path):
+    """The pods of `dev`'s training job."""
+    with pods(of_job("dev", "train"), tmp_path) as started:
+        yield started
 
 
-@pytest.mark.timeout(400)
-def test_a_job_on_the_cluster_of_the_manifest_ends_in_the_bits_of_one_process(data, tmp_path):
-    if (missing := netns.why_not()) is not None:
-        pytest.skip(missing)
-    gold = train_alone(tiny(data), tmp_path / "gold")
-    config = write_config(tmp_path / "tiny.yaml", data, backend="ray", workers=2)
-    command = f"{sys.executable} -m pipelines.cli train {config} --run-dir {tmp_path / 'run'}"
-    with netns.machines(3, tmp_path) as made, as_kuberay_starts_it(of_job("dev", "train"), made, tmp_path) as head:
+@pytest.fixture
+def imaml(cluster, tmp_path):
+    """`imaml ...` on the user's machine, which is none of the cluster's, with the token."""
+    folder = tmp_path / "work"
+    folder.mkdir()
 
-        def on_the_head(*arguments, **env):
-            words = [*made.inside(0), sys.executable, "-c", *arguments]
-            done = subprocess.run(words, env={**head, **env}, capture_output=True, text=True, timeout=240, check=False)
-            assert done.returncode == 0, done.stdout + done.stderr
-            return done.stdout
+    def started(*words, **env):
+        inside = cluster.machines.inside(cluster.user)
+        env = {"RAY_AUTH_TOKEN": cluster.token, "HOME": str(tmp_path), "COLUMNS": "300", **env}
+        return Command(*words, "--address", cluster.dashboard, cwd=folder, inside=inside, **env)
 
-        assert on_the_head(UNAUTHORISED).strip() == "401"
-        output = on_the_head(SUBMIT, command)
-        assert output.startswith("SUCCEEDED 0"), output
-        assert head["RAY_AUTH_TOKEN"] not in output
+    return started
+
+
+@pytest.fixture
+def training(data, tmp_path):
+    """The command that submits a run of some length, and the run's folder, which all pods see."""
+    run = {"steps": STEPS, "checkpoint_every": 2, "backend": "ray", "workers": 2, "device": "cpu"}
+    config = write_config(tmp_path / "long.yaml", data, **run)
+    return ("submit", str(config), "--run-dir", str(tmp_path / "run")), tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def gold(data, tmp_path_factory):
+    """That run in one process, undisturbed."""
+    return train_alone(tiny(data, steps=STEPS, checkpoint_every=2), tmp_path_factory.mktemp("gold") / "run")
+
+
+def starts(run):
+    return [json.loads(line) for line in (run / "starts.jsonl").read_text().splitlines()]
+
+
+def check(run, gold):
+    """The same result, and every step once."""
+    assert json.loads((run / "summary.json").read_text())["params_sha256"] == gold["params"]
+    assert fingerprint(run) == gold
+    steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(STEPS))
+
+
+def test_a_job_on_the_cluster_of_the_manifest_ends_in_the_bits_of_one_process(cluster, imaml, data, tmp_path):
+    """Nobody without the token has one; its output and its exit code arrive, and that of one that fails."""
+    config = write_config(tmp_path / "tiny.yaml", data, backend="ray", workers=2, device="cpu")
+    submit = ("submit", str(config), "--run-dir", str(tmp_path / "run"))
+    with imaml(*submit, RAY_AUTH_TOKEN="") as refused:
+        assert refused.wait() == 3 and "asks for a token" in refused.output, refused.output
+    done = subprocess.run(
+        [*cluster.machines.inside(cluster.user), sys.executable, "-c", UNAUTHORISED, cluster.dashboard],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    assert done.stdout.strip() == "401"
+    with imaml(*submit) as job:
+        assert job.wait() == 0, job.output
+    assert "starting 2 Ray workers" in job.output and cluster.token not in job.output
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
-    assert summary["params_sha256"] == gold["params"]
+    assert summary["params_sha256"] == train_alone(tiny(data), tmp_path / "gold")["params"]
     assert summary["world_size"] == 2
+    with imaml(*submit, "--set", "data.url=/nowhere", "--id", "lost") as job:
+        assert job.wait() == 2 and "/nowhere" in job.output, job.output
+
+
+def test_a_job_can_be_cancelled_from_outside_and_has_written_a_checkpoint(imaml, training):
+    submit, run = training
+    with imaml(*submit, "--id", "cancelled", "--set", "run.steps=20000", "--set", "run.checkpoint_every=10000") as job:
+        wait_for_step(run / "metrics.jsonl", 3, job)
+        with imaml("jobs", "cancel", "cancelled") as cancel:
+            assert cancel.wait() == 0 and "job cancelled: STOPPED" in cancel.output, cancel.output
+        assert job.wait() == 130, job.output
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_workers_pod_is_killed_and_replaced_and_the_bits_are_those_of_one_process(
+    cluster, imaml, training, gold, rank
+):
+    submit, run = training
+    with imaml(*submit) as job:
+        wait_for_step(run / "metrics.jsonl", 5, job)
+        pid = starts(run)[0]["pids"][rank]
+        cluster.replace(next(i for i in cluster.workers if pid in cluster.machines.processes(i)))
+        assert job.wait(400) == 0, job.output
+    check(run, gold)
+    first, *later = starts(run)
+    assert first["step"] == 0 and later
+    assert all(start["world_size"] == 2 for start in later) and later[-1]["step"] > 0
+
+
+def test_the_heads_pod_is_killed_and_the_job_sent_again_to_a_new_cluster_goes_on(cluster, imaml, training, gold):
+    """Which is what `backoffLimit` does. Whoever followed the job that was lost is told."""
+    submit, run = training
+    with imaml(*submit) as job:
+        wait_for_step(run / "metrics.jsonl", 5, job)
+        cluster.lose_head()
+        assert job.wait() == 3, job.output
+    assert "is no longer there" in job.output or "nothing answers" in job.output, "the latter of a slow machine"
+    with imaml(*submit) as job:
+        assert job.wait(400) == 0, job.output
+    check(run, gold)
+    assert [start["world_size"] for start in starts(run)] == [2, 2]
+    assert starts(run)[0]["step"] == 0 < starts(run)[1]["step"]

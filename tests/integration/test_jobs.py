@@ -330,17 +330,20 @@ def test_mistakes_are_found_before_anything_is_sent(folder, data, arguments, sai
 
 def test_the_commands_of_the_docs_do_what_they_say(cluster, address, folder):
     """As written, but for the address; object storage is not there, which is the job's trouble and not the submission's."""
-    page = (ROOT / "docs" / "jobs.md").read_text()
-    lines = [line for line in page.splitlines() if line.startswith("imaml ") and "--address" in line]
-    assert [shlex.split(line)[1] for line in lines] == ["submit", "jobs", "jobs", "jobs", "jobs", "doctor"]
+    pages = [(ROOT / name).read_text().splitlines() for name in ("docs/jobs.md", "k8s/README.md")]
+    lines = [line for page in pages for line in page if line.startswith("imaml ") and "--address" in line]
+    assert [shlex.split(line)[1] for line in lines] == ["submit", "jobs", "jobs", "jobs", "jobs", "doctor", "submit"]
     for line in lines:
-        words = shlex.split(line.replace("http://head:8265", address))[1:]
+        words = shlex.split(re.sub(r"http://(head|localhost):8265", address, line))[1:]
         words = [str(ROOT / word) if word.startswith("pipelines/") else word for word in words]
         words += {"submit": ["--no-follow", "--set", "run.backend=ray"], "doctor": []}.get(words[0], [])
         words = [word for word in words if word != "--follow"]  # until storage has no patience left
         code, output = imaml_here(*words, cwd=folder)
         assert code == 0, f"{line}\n{output}"
     assert RayJobs(address).job("omniglot").done()
+    (own,) = re.findall(r"^job (glyphs-\S+): submitted$", output, re.MULTILINE)
+    code, output = imaml_here("jobs", "cancel", own, "--address", address, cwd=folder)
+    assert code == 0 and f"job {own}: STOPPED" in output, output
 
 
 def test_doctor_asks_the_cluster_and_its_dashboard(cluster, address, data, folder, monkeypatch):

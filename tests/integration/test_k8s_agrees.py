@@ -17,6 +17,8 @@ from helpers.manifests import K8S, OVERLAYS, documents, every_container, of_job,
 
 from cluster import rules
 from cluster.kuberay import CONFIG_FILE, CONFIG_KEY
+from cluster.resources import quantity
+from imaml_dist.config.load import load_config
 from imaml_dist.config.load_sweep import load_sweep
 from imaml_dist.storage.opening import open_storage
 from imaml_dist.sweeps.feasible import check_feasible
@@ -119,7 +121,7 @@ def test_the_readme_creates_every_secret_that_is_referred_to():
 
 def test_the_readme_applies_stages_that_there_are_in_overlays_that_there_are():
     steps = re.findall(r"-k k8s/overlays/(\w+) -l imaml/stage=(\w+)", README)
-    assert [stage for _, stage in steps] == ["platform", "prepare", "train", "evaluate"]
+    assert [stage for _, stage in steps] == ["platform", "prepare", "train", "evaluate", "cluster"]
     for overlay, stage in steps:
         assert overlay in OVERLAYS
         assert any(d["metadata"]["labels"]["imaml/stage"] == stage for d in documents(overlay))
@@ -128,11 +130,25 @@ def test_the_readme_applies_stages_that_there_are_in_overlays_that_there_are():
     assert len(README.splitlines()) <= 100, "one page"
 
 
+def test_the_readme_sends_jobs_to_the_cluster_for_development_which_has_room_for_them():
+    (cluster,) = of_kind("dev", "RayCluster")
+    name = cluster["metadata"]["name"]
+    assert f"service/{name}-head-svc 8265:8265" in README and f"get secret {name} -o" in README, "as KubeRay names them"
+    assert cluster["spec"]["authOptions"] == {"mode": "token"}, "without secretName the Secret has the cluster's name"
+    (line,) = [line for line in README.splitlines() if line.startswith("imaml submit") and "--address" in line]
+    words = shlex.split(line)
+    overrides = [words[i + 1] for i, word in enumerate(words) if word == "--set"]
+    config = load_config(ROOT / words[2], overrides)
+    (workers,) = cluster["spec"]["workerGroupSpecs"]
+    assert config.run.bounds == (1, 1) and workers["maxReplicas"] == 1
+    limits = workers["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert quantity(limits["cpu"], "cpu") >= config.run.threads
+
+
 def test_the_run_of_ones_own_fits_the_platform(tmp_path):
     """The command of the README gives a job whose Secrets, namespace and account are the platform's."""
-    (line,) = [line for line in README.splitlines() if line.startswith("imaml submit")]
-    words = shlex.split(line.partition(" > ")[0])[1:]
-    code, output = imaml_here(*words, cwd=ROOT)
+    (line,) = [line for line in README.splitlines() if line.startswith("imaml submit") and "--k8s" in line]
+    code, output = imaml_here(*shlex.split(line)[1:], "--dry-run", cwd=ROOT)
     assert code == 0, output
     job = yaml.safe_load(output)
     assert rules.broken(job) == pod_security.refused(job) == crds.violations(job) == []

@@ -136,6 +136,16 @@ def test_ctrl_c_lets_the_job_go_on_and_cancel_deletes_it(api, tmp_path):
     assert not api.jobs
 
 
+def test_a_job_that_somebody_deletes_while_it_is_followed_is_lost(api, tmp_path):
+    with Command(*SUBMIT, cwd=tmp_path, KUBECONFIG=str(tmp_path / "kubeconfig.yaml")) as command:
+        while NAME not in api.jobs:
+            assert command.process.poll() is None
+            time.sleep(0.05)
+        del api.jobs[NAME]
+        assert command.wait(30) == 3
+        assert f"job {NAME} is no longer there" in command.output
+
+
 @pytest.mark.parametrize(
     ("fault", "code", "said"),
     [

@@ -84,6 +84,30 @@ def test_only_what_exists_is_offered(tmp_path):
     assert "--address http://head:8265" in output and "--k8s" in output
 
 
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--address", "http://head:8265", "--dry-run"), "--dry-run given without --k8s"),
+        (
+            ("--address", "http://head:8265", "--image", "a:1", "--options", "x"),
+            "--image, --options given without --k8s",
+        ),
+        (("--k8s", "--id", "mine"), "--id given with --k8s"),
+        (("--k8s", "--address", "http://head:8265"), "which are two clusters"),
+    ],
+)
+def test_options_of_another_kind_of_cluster_are_not_passed_over(tmp_path, arguments, said):
+    code, output = imaml_here("submit", str(CONFIG), "--run-dir", "s3://b/r", *REACHABLE, *arguments, cwd=tmp_path)
+    assert code == 2
+    assert said in output and output.count("\n") == 1
+
+
+def test_the_environments_ray_cluster_gives_way_to_k8s(tmp_path, monkeypatch):
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://head:8265")
+    code, output = imaml_here(*SUBMIT, *REACHABLE, cwd=tmp_path)
+    assert code == 0 and "kind: RayJob" in output
+
+
 def test_a_head_without_a_gpu_prepares_a_run_of_workers_that_have_some(data, tmp_path, monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
