@@ -149,13 +149,13 @@ class Parametrisation:
                 torch.full((size,), math.log(s), dtype=dtype) for s, size in zip(own, self.layout.sizes, strict=True)
             ]
             return torch.cat(logs)
-        found: dict[int, float] = {}
+        by_layer: dict[int, float] = {}
         for name, layer, given in zip(names, self._layers(), own, strict=True):
-            if found.setdefault(layer, given) != given:
+            if by_layer.setdefault(layer, given) != given:
                 raise ValueError(
-                    f"{name!r} is given {given} and another part of its layer {found[layer]}; name the whole layer, or take diagonal"
+                    f"{name!r} is given {given} and another part of its layer {by_layer[layer]}; name the whole layer, or take diagonal"
                 )
-        return torch.tensor([math.log(found[layer]) for layer in range(len(found))], dtype=dtype)
+        return torch.tensor([math.log(by_layer[layer]) for layer in range(len(by_layer))], dtype=dtype)
 
     def _weights(self) -> list[tuple[str, tuple[int, ...]]]:
         pairs = zip(self.layout.names, self.layout.shapes, strict=True)
