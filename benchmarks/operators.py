@@ -25,166 +25,11 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
-import torch
 from matplotlib.figure import Figure
 from meta_gradient import facts
 from operators_cells import FACTORS, SETTINGS, trials
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from imaml_dist.algorithms.imaml import IMAML
-from imaml_dist.algorithms.learner import MetaLearner
-from imaml_dist.config.load import build_config, read_mapping
-from imaml_dist.config.schema import ExperimentConfig
-from imaml_dist.core.curvature import hessian_operator
-from imaml_dist.core.linear.system import ProximalSystem
-from imaml_dist.core.spectrum import lanczos
-from imaml_dist.data.episodes import EpisodeSource
-from imaml_dist.distributed import schedules
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process, resolve
-from imaml_dist.distributed.group import Alone
-from imaml_dist.distributed.meta_step import MetaStep
-from imaml_dist.tasks.episode import EpisodeBatch
-from imaml_dist.training.meta_parameters import meta_parameters
-from imaml_dist.training.outer import make_optimizer
-from imaml_dist.training.state import MetaState
-
-AVERAGE = 20
-"""Steps over which the iterates are averaged, with weights that decay; a constant rate alone leaves them noisy."""
-
-BEYOND = 1.25
-"""Training goes on for so many times the seconds of the comparison, for a task costs more on a busy machine than it does in turns."""
-
-PROBED = 8
-
-WATCHED = ("stationarity", "cg_residual", "cosine", "distance", "support_loss", "cg_negative_curvature", "excluded")
-
-Cell = dict[str, Any]
-
-
-def configured(options: argparse.Namespace, overrides: list[str], *, query: int | None = None) -> ExperimentConfig:
-    """The cell's configuration, resolved; with another number of queries for testing."""
-    raw = read_mapping(options.config)
-    alike = [
-        f"data.url={options.data}",
-        "outer.schedule=constant",
-        "run.workers=1",
-        "run.steps=1000000",
-        "tracking.mlflow=false",
-    ]
-    more = [] if query is None else [f"data.query={query}"]
-    return resolve(build_config(raw, [*alike, *overrides, *more]), cuda=False)
-
-
-def accuracy(learner: MetaLearner, source: EpisodeSource, tasks: int, theta: Tensor) -> tuple[float, float]:
-    """Mean over tasks, queries classified together, and its 95% interval."""
-    found: list[float] = []
-    for begin in range(0, tasks, 8):
-        episodes = source.episodes(0, range(begin, min(begin + 8, tasks)))
-        phi = learner.adapt_parameters(episodes.support_x, episodes.support_y, theta).params
-        with torch.no_grad():
-            right = learner.functional.predict(phi, episodes.query_x).argmax(-1) == episodes.query_y
-        found += right.double().mean(-1).tolist()
-    return statistics.fmean(found), 1.96 * statistics.stdev(found) / math.sqrt(len(found))
-
-
-def curvature(config: ExperimentConfig, theta: Tensor, updates: int) -> dict[str, Any]:
-    """Smallest Ritz values of H + Lambda where the cell's own inner solver ends, and its stationarity there, in float64."""
-    config = config.model_copy(update={"run": config.run.model_copy(update={"precision": "float64"})})
-    source = make_source(config, open_dataset(config), "val")
-    learner = make_learner(config, source.image_shape, updates)
-    if not isinstance(learner.algorithm, IMAML):
-        return {}
-    lowest: list[float] = []
-    reached: list[float] = []
-    for task in range(PROBED):
-        problem = learner.problem(source.episodes(0, range(task, task + 1)), theta.double())
-        inner = learner.algorithm.adapt(problem)
-        system = ProximalSystem(
-            hessian_operator(problem.support_loss, inner.params), learner.algorithm.proximal(problem)
-        )
-        start = torch.randn(
-            1, inner.params.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(task)
-        )
-        lowest.append(float(lanczos(system, start, steps=50).smallest))
-        reached.append(float(inner.stationarity))
-    return {"ritz": lowest, "stationarity_float64": reached}
-
-
-def run_cell(options: argparse.Namespace, name: str, overrides: list[str], file: Path) -> Cell:
-    """Train and test; the result is written at once."""
-    torch.set_num_threads(1)
-    config = configured(options, overrides)
-    prepare_process(config)
-    dataset = open_dataset(config)
-    source = make_source(config, dataset, "train")
-    unseen = make_source(configured(options, overrides, query=15), dataset, "val")
-    learner = make_learner(config, source.image_shape)
-    learned = meta_parameters(learner)
-    state = MetaState(learned, make_optimizer(learned, config.outer), cap=schedules.first_cap(config.algorithm))
-    step = MetaStep(config, learner, state, Alone())
-    learner.task_gradients(source.episodes(0, range(config.run.chunk)))  # what a first call tries and compiles
-    per_step, average, seconds = config.run.tasks_per_step, learner.meta_parameters(), 0.0
-    points: list[dict[str, float]] = []
-    records: list[dict[str, Any]] = []
-    chunk = config.run.chunk
-    going = True
-    while going:
-        number = state.step
-        began = time.process_time()
-        batches = (source.episodes(number, range(t, t + chunk)) for t in range(0, per_step, chunk))
-        records.append(step.take(number, batches))
-        before, seconds = seconds, seconds + time.process_time() - began
-        weight = max(1.0 / AVERAGE, 1.0 / state.step)
-        average = (1.0 - weight) * average + weight * learner.meta_parameters()
-        tasks = state.step * per_step
-        going = tasks < options.tasks or seconds < BEYOND * options.seconds
-        due = (tasks % options.every == 0 and tasks <= options.tasks) or before < options.seconds <= seconds
-        if due or not going:
-            mean, ci95 = accuracy(learner, unseen, options.test_tasks, average)
-            points.append({"tasks": tasks, "seconds": seconds, "accuracy": mean, "ci95": ci95})
-    last = records[-AVERAGE:]
-    watched = {key: statistics.fmean(r[key] for r in last if key in r) for key in WATCHED if key in last[0]}
-    found = {
-        "name": name,
-        "overrides": overrides,
-        "points": points,
-        "tasks_per_second": state.step * per_step / seconds,
-        "updates": state.updates,
-        "skipped": state.step - state.updates,
-        **watched,
-        **curvature(config, average, state.updates),
-    }
-    save_file({"average": average}, file.with_suffix(".safetensors"))
-    file.write_text(json.dumps(found, indent=1) + "\n")
-    return found
-
-
-def in_turns(options: argparse.Namespace, cells: list[Cell]) -> None:
-    """Seconds that a task costs in each cell, the median over turns; written into the cells."""
-    torch.set_num_threads(1)
-    turns: list[tuple[MetaLearner, EpisodeBatch, Tensor]] = []
-    for cell in cells:
-        config = configured(options, cell["overrides"])
-        prepare_process(config)
-        source = make_source(config, open_dataset(config), "train")
-        theta = load_file(place(options, cell["name"]).with_suffix(".safetensors"))["average"]
-        learner = make_learner(config, source.image_shape, cell["updates"])
-        turns.append((learner, source.episodes(0, range(config.run.chunk)), theta))
-    taken: list[list[float]] = [[] for _ in cells]
-    for turn in range(options.turns + 1):
-        for (learner, episodes, theta), seconds in zip(turns, taken, strict=True):
-            began = time.perf_counter()
-            learner.task_gradients(episodes, theta)
-            if turn:  # the first one tries and compiles
-                seconds.append((time.perf_counter() - began) / len(episodes))
-    for cell, seconds in zip(cells, taken, strict=True):
-        cell["seconds_per_task"] = statistics.median(seconds)
-        cell["tasks_per_second"] = 1 / cell["seconds_per_task"]
-        for point in cell["points"]:
-            point["seconds"] = point["tasks"] * cell["seconds_per_task"]
+from operators_run import Cell, in_turns, place, run_cell
 
 
 def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
@@ -196,11 +41,6 @@ def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
             found = after["accuracy"] if share == 1.0 else (1 - share) * before["accuracy"] + share * after["accuracy"]
             return None if math.isnan(found) else found
     return None
-
-
-def place(options: argparse.Namespace, name: str) -> Path:
-    """The file of a cell."""
-    return Path(options.out, f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json")
 
 
 def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline: float) -> list[Cell]:
