@@ -346,6 +346,44 @@ def test_ctrl_c_ends_with_checkpoints_and_the_same_command_goes_on(data, tmp_pat
     assert [row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]] == ["finished"] * 2
 
 
+@pytest.mark.slow
+def test_mlflow_hears_of_a_signal_whenever_it_comes_and_of_the_end(data, tmp_path):
+    """While trials are trained, while the best one is tested after that, and while it is tested by a command that trains nothing."""
+    raw = base(data, 30) | {"tracking": {"mlflow": True}, "evaluate": {"tasks": 4000, "query": 5}}
+    path = write_sweep(tmp_path, data, base=raw, budget={"trials": 1})
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    is_tested = (folder / "test.jsonl").is_file
+    for number, time_has_come in (
+        (signal.SIGTERM, lambda: begun(folder, 0)),
+        (signal.SIGTERM, is_tested),
+        (signal.SIGINT, is_tested),
+    ):
+        (folder / "test.jsonl").unlink(missing_ok=True)
+        with Command(*words, cwd=tmp_path) as command:
+            wait_for(time_has_come, command)
+            command.kill(number)
+            assert command.wait() == 130, command.output
+        assert "the same command goes on with the sweep" in command.output and "Traceback" not in command.output
+        assert not (folder / "sweep.json").exists()
+        assert [run.info.status for run in mlflow_runs(tmp_path) if is_parent(run)] == ["KILLED"]
+    code, output = imaml(*words, cwd=tmp_path)
+    assert code == 0, output
+    (parent,) = [run for run in mlflow_runs(tmp_path) if is_parent(run)]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["test/accuracy"] == json.loads((folder / "sweep.json").read_text())["test"]["accuracy"]
+    assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FINISHED"] * 2
+    assert [e["event"] for e in ledger(folder)] == ["begun", "ended"]
+
+
+def mlflow_runs(folder: Path) -> list:
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client.search_runs([one.experiment_id for one in client.search_experiments()])
+
+
+def is_parent(run) -> bool:
+    return "mlflow.parentRunId" not in run.data.tags
+
+
 def test_mlflow_has_the_sweep_above_its_trials_and_every_point_once(data, tmp_path):
     path = write_sweep(tmp_path, data, base=base(data, STEPS) | {"tracking": {"mlflow": True}}, budget={"trials": 2})
     code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path)
