@@ -73,7 +73,12 @@ def write_report(run: Path) -> Path:
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
         outcomes=_outcomes(records),
         scheduled=[
-            {"title": one.title, "ends": one.ends, "figure": draw(scheduled_curve(one), one.key)}
+            {
+                "title": one.title,
+                "reading": one.reading,
+                "ends": one.ends,
+                "figure": draw(scheduled_curve(one), one.key),
+            }
             for one in read_scheduled(records)
         ],
         learned=_learned(records),

@@ -23,8 +23,17 @@ from imaml_dist.reporting.drawing import (
     series,
 )
 
-TITLES = {"algorithm_lam": "Lambda", "algorithm_cg_steps": "CG steps at most"}
-"""By the key in the metrics, where it stands only if the value may change."""
+READINGS = {
+    "algorithm_lam": (
+        "Lambda",
+        "The strength of the proximal term, by its schedule. A larger one holds tasks closer to the common parameters.",
+    ),
+    "algorithm_cg_steps": (
+        "CG steps at most",
+        "What a linear solve may spend, by a schedule or by the residuals. Each step costs a product with the curvature.",
+    ),
+}
+"""Title and explanation by the key in the metrics, where it stands only if the value may change."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,12 @@ class Scheduled:
     @property
     def title(self) -> str:
         """For people."""
-        return TITLES[self.key]
+        return READINGS[self.key][0]
+
+    @property
+    def reading(self) -> str:
+        """What it means."""
+        return READINGS[self.key][1]
 
     @property
     def ends(self) -> str:
@@ -48,7 +62,7 @@ class Scheduled:
 
 def read_scheduled(records: Records) -> Iterator[Scheduled]:
     """Every value that the records tell of."""
-    for key in TITLES:
+    for key in READINGS:
         steps, values = series(records, key)
         if len(values):
             yield Scheduled(key, steps, values)
@@ -66,7 +80,7 @@ def scheduled_curve(one: Scheduled) -> Figure:
         log_scale(axes, (1.0,) if high > 100 * low else (1.0, 2.0, 5.0))
     else:
         axes.set_ylim(0, high * 1.12)
-        axes.yaxis.set_major_locator(MaxNLocator(5, integer=one.key == "algorithm_cg_steps"))
+        axes.yaxis.set_major_locator(MaxNLocator(6, integer=one.key == "algorithm_cg_steps"))
     return figure
 
 

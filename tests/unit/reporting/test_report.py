@@ -159,7 +159,7 @@ def test_a_finished_run_is_one_page_without_outside_references(tmp_path: Path) -
 
 def test_lambda_and_cg_steps_are_drawn_where_they_change(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run")
-    assert "What was changed on the way" not in _page(run)
+    assert "Lambda and CG steps along the run" not in _page(run)
     records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     for number, record in enumerate(records):
         record |= {"algorithm_lam": 0.1 + number / 100, "algorithm_cg_steps": 2 + number // 100}
