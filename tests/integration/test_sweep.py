@@ -107,7 +107,7 @@ def begun(folder: Path, trial: int) -> bool:
 
 
 def trainer(folder: Path, trial: int) -> int:
-    """Process id of a trial of the local backend."""
+    """Process id of a trial of the local backend, or of rank 0 of one on Ray."""
     starts = (folder / "trials" / f"{trial:04d}" / "starts.jsonl").read_text().splitlines()
     return json.loads(starts[-1])["pids"][0]
 
@@ -163,6 +163,21 @@ def check_outcome(folder: Path, where: Path) -> None:
     assert code == 0 and "best: trial" in output, output
     (where / "away").rename(folder / "trials" / f"{best['trial']:04d}" / "checkpoints")
     assert json.loads((folder / "sweep.json").read_text()) == found
+
+
+@pytest.mark.slow
+def test_a_killed_ray_worker_of_a_trial_changes_nothing_in_the_table(data, tmp_path):
+    """Which the trial's own command replaces: to the sweep the trial was never lost."""
+    on_ray = {"run.backend": "ray", "run.workers": 2}
+    path, folder = write_sweep(tmp_path, data, steps=45, set=on_ray, budget={"trials": 2}), tmp_path / "sweep"
+    with Command("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path) as command:
+        wait_for(lambda: begun(folder, 0), command)
+        os.kill(trainer(folder, 0), signal.SIGKILL)
+        assert command.wait() == 0, command.output
+    starts = [json.loads(line) for line in (folder / "trials" / "0000" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and starts[1]["after"]
+    assert [event["event"] for event in ledger(folder)] == ["begun", "ended"] * 2
+    assert table(folder) == trained_alone(path, tmp_path)
 
 
 @pytest.mark.parametrize(
