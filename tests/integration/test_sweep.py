@@ -26,6 +26,7 @@ from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.drawing import draw
 from imaml_dist.sweeps.search import measured
 from imaml_dist.training.run_directory import RunDirectory
+from pipelines.sweep_table import show_outcome
 
 TRIALS, STEPS = 3, 12
 TIMES = ("seconds", "began", "ended", "losses")
@@ -216,6 +217,23 @@ def test_a_folder_of_something_else_and_another_sweep_are_left_alone(data, tmp_p
     ):
         code, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
         assert (code, says in output) == (2, True), output
+
+
+def test_a_leaderboard_in_a_file_or_a_pipe_has_a_line_for_each_trial(tmp_path, capsys):
+    values = {f"algorithm.inner.{name}": 0.5 for name in ("a_long_name", "another_long_name", "one_more_of_these")}
+    row = {"trial": 7, "status": "finished", "values": values, "accuracy": 0.8556, "ci95": 0.0227, "steps": 60}
+    found = {"name": "wide", "space": values, "trials": [row], "best": 7, "test": None}
+    show_outcome(found, SweepDirectory(tmp_path))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "finished" in line]
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == [
+        "7",
+        "0.5",
+        "0.5",
+        "0.5",
+        "finished",
+        "60",
+        "85.56% ± 2.27",
+    ]
 
 
 LEFT = """
