@@ -25,6 +25,7 @@ from imaml_dist.reporting.reading import (
     read_object,
     read_records,
 )
+from imaml_dist.reporting.scheduled import read_scheduled, scheduled_curve
 from imaml_dist.storage.local import atomic_write
 
 PANELS = (
@@ -71,6 +72,15 @@ def write_report(run: Path) -> Path:
         histogram=_histogram(trained, untrained, head["way"], evaluation),
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
         outcomes=_outcomes(records),
+        scheduled=[
+            {
+                "title": one.title,
+                "reading": one.reading,
+                "ends": one.ends,
+                "figure": draw(scheduled_curve(one), one.key),
+            }
+            for one in read_scheduled(records)
+        ],
         learned=_learned(records),
         episode=_episode(read_episode(run / "evaluation.json", evaluation)),
         time=_time(records),
