@@ -33,6 +33,7 @@ from imaml_dist.sweeps.outcome import best_of, outcome
 from imaml_dist.sweeps.search import Search
 from pipelines import console, kernels
 from pipelines.evaluate import evaluate_run
+from pipelines.exit_codes import INTERRUPTED
 from pipelines.summary import versions
 from pipelines.sweep_table import SweepTable, show_outcome
 from pipelines.sweep_tracking import SweepTracking, server
@@ -74,20 +75,32 @@ def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: b
             return resolve(config, cuda=torch.cuda.is_available(), native=native)
 
         search = Search(asked, ledger, directory, resolved, trials)
-        tracking = SweepTracking(search)
-        status, found = "FAILED", None
+
+        def need() -> Need:
+            return need_of([resolved(one) for one in possible])
+
+        return _run(search, need, dataset, hashlib.sha256(content).hexdigest())
+
+
+def _run(search: Search, need: Callable[[], Need], dataset: Dataset, validation: str) -> bool:
+    """Train, test and tell; False after a request to stop. MLflow hears of every end but that of a process which is killed."""
+    tracking = SweepTracking(search)
+    status, found = "FAILED", None
+    with _on_signals(_leave):
         try:
-            if search.left and not _train(search, need_of([resolved(one) for one in possible]), tracking.begin()):
-                status = "KILLED"
-                console.err.print(
-                    f"interrupted; the same command goes on with the sweep: {directory.path}", soft_wrap=True
-                )
-                return False
-            found = _conclude(search, dataset, hashlib.sha256(content).hexdigest())
+            if search.left and not _train(search, need(), tracking.begin()):
+                _leave()
+            with _on_signals(_leave):  # anew: Ray, as it ends, leaves SIGTERM to kill the process
+                found = _conclude(search, dataset, validation)
             status = "FINISHED"
+        except (KeyboardInterrupt, SystemExit):  # the second is what Ray makes of SIGTERM
+            status = "KILLED"
+            again = f"interrupted; the same command goes on with the sweep: {search.directory.path}"
+            console.err.print(again, soft_wrap=True)
         finally:
-            tracking.close(status, found)
-    return True
+            with _on_signals(_wait):
+                tracking.close(status, found)
+    return status == "FINISHED"
 
 
 def _check_data(possible: Sequence[ExperimentConfig], dataset: Dataset) -> None:
@@ -123,7 +136,12 @@ def _train(search: Search, need: Need, parent: str) -> bool:
         command = [sys.executable, "-m", "pipelines.trial", parent]
         tuning = _Tuning(lambda: tune_on_ray(search, need, at_a_time, command, server()))
         thread = threading.Thread(target=tuning, name="tune", daemon=True)
-        with _stop_on_signals(search.directory), SweepTable(search) as table:
+
+        def ask() -> None:
+            console.err.print("stopping as soon as all trials have saved their state; once more to stop at once")
+            search.directory.stop_file.touch()
+
+        with _on_signals(ask), SweepTable(search) as table:
             thread.start()
             while thread.is_alive():
                 thread.join(POLL_S)
@@ -153,16 +171,18 @@ class _Tuning:
 
 
 @contextmanager
-def _stop_on_signals(directory: SweepDirectory) -> Iterator[None]:
-    """SIGINT and SIGTERM ask all trials for a checkpoint and an end; a second one is obeyed at once."""
+def _on_signals(ask: Callable[[], None]) -> Iterator[None]:
+    """SIGINT and SIGTERM `ask` for an end in good order; a second one is obeyed at once."""
+    asked = False
 
     def handle(number: int, frame: object) -> None:
-        if directory.stop_file.exists():
+        nonlocal asked
+        if asked:
             console.err.print("stopped at once; the same command goes on with the sweep")
             sys.stdout.flush()
-            os._exit(130)
-        console.err.print("stopping as soon as all trials have saved their state; once more to stop at once")
-        directory.stop_file.touch()
+            os._exit(INTERRUPTED)
+        asked = True
+        ask()
 
     earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -170,6 +190,16 @@ def _stop_on_signals(directory: SweepDirectory) -> Iterator[None]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+def _leave() -> None:
+    """Where nothing goes on that has a state to save."""
+    raise KeyboardInterrupt
+
+
+def _wait() -> None:
+    """Where the end is near."""
+    console.err.print("MLflow is being told how the sweep ended; once more to stop at once")
 
 
 def _conclude(search: Search, dataset: Dataset, validation: str) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def show_outcome(found: dict[str, Any], directory: SweepDirectory) -> None:
         grid.add_row(
             str(row["trial"]), *map(_short, row["values"].values()), row["status"], str(row["steps"]), _accuracy(row)
         )
-    console.out.print(grid)
+    console.whole_lines().print(grid)
     tested = found["test"]
     if tested is not None:
         console.out.print(

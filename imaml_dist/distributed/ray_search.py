@@ -121,11 +121,19 @@ class Losses(_OfThisProcess, Callback):  # type: ignore[misc]
 
 
 class _Median(MedianStoppingRule):  # type: ignore[misc]
-    """Tune's, which pauses trials while it knows of too few others; pausing would only cost them a start."""
+    """Tune's, which pauses trials while it knows of too few others; pausing would only cost them a start. A trial that is started again
+    after a crash reports its validations again; Tune's would count them twice, and take the trial back to its first step."""
 
     def recall(self, past: _Past, reports: Sequence[Mapping[str, Any]]) -> None:
         """Know of a trial without an opinion of it."""
         self._results[past] += [dict(report) for report in reports]
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        """Tune's opinion of a validation that is new."""
+        known = self._results.get(trial)
+        if known and result.get(TIME, 0) <= known[-1][TIME]:
+            return str(TrialScheduler.CONTINUE)
+        return str(super().on_trial_result(tune_controller, trial, result))
 
     def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
         """Nothing: all validations are known, and a trial that failed before its first has none."""

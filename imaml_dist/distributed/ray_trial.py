@@ -47,7 +47,8 @@ class TrialKeeper(Trainable):  # type: ignore[misc]
     process's words go, the file that asks all trials to stop, the command and its working directory, whether it starts workers on
     Ray, and what its environment has besides the node's.
     Every step ends with a result `{number, meta_steps, val_accuracy, val_ci95}`; the last one has `done` and an `outcome`:
-    `finished`, `interrupted` or `failed` (with `why`).
+    `finished`, `interrupted` or `failed` (with `why`). A keeper that follows a crash reports all validations from the first on, of those
+    beyond the checkpoint what the run then finds.
     """
 
     def setup(self, config: dict[str, Any]) -> None:
@@ -63,6 +64,7 @@ class TrialKeeper(Trainable):  # type: ignore[misc]
                 raise TrialCrashedError(f"{self._run.path} is still being trained by an earlier process")
         self._validations: deque[Record] = deque()
         self._follower = Follower(self._run.metrics_file)
+        self._earlier_starts = len(self._run.starts())
         self._last: dict[str, Any] = {"number": config["number"]}
         with open(config["log"], "ab") as log:
             self._process = subprocess.Popen(  # noqa: S603 - our own command, no shell
@@ -83,7 +85,8 @@ class TrialKeeper(Trainable):  # type: ignore[misc]
         """
         while True:
             ended = self._process.poll()
-            self._validations += [r for r in self._follower.poll() if r.get("val_accuracy") is not None]
+            if self._metrics_hold(ended):
+                self._validations += [r for r in self._follower.poll() if r.get(METRIC) is not None]
             if self._validations:
                 return self._report(self._validations.popleft())
             if ended is not None:
@@ -102,10 +105,14 @@ class TrialKeeper(Trainable):  # type: ignore[misc]
     def load_checkpoint(self, checkpoint: Any) -> None:
         """Nothing."""
 
+    def _metrics_hold(self, ended: int | None) -> bool:
+        """Whether the run has dropped from its metrics what a crash left beyond its checkpoint, or has nothing more to do."""
+        return ended == 0 or len(self._run.starts()) > self._earlier_starts
+
     def _report(self, record: Record) -> dict[str, Any]:
         self._last |= {
             TIME: record["step"] + 1,
-            METRIC: record["val_accuracy"],
+            METRIC: record[METRIC],
             "val_ci95": record.get("val_ci95"),
         }
         return dict(self._last)

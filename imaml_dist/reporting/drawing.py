@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from numpy.typing import NDArray
 
 Records = Sequence[Mapping[str, Any]]
@@ -127,3 +127,11 @@ def finish(axes: Axes, what: str, over: str = "meta-step") -> None:
     axes.tick_params(length=2.5, width=0.6)
     if over == "meta-step":
         axes.xaxis.set_major_locator(MaxNLocator(7, steps=[1, 2, 5, 10], integer=True))
+
+
+def log_scale(axes: Axes, subs: Sequence[float]) -> None:
+    """A logarithmic vertical axis with plain numbers at `subs` times the powers of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))

@@ -13,7 +13,7 @@ import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from numpy.typing import NDArray
 
 from imaml_dist.errors import InputError
@@ -30,6 +30,7 @@ from imaml_dist.reporting.drawing import (
     Records,
     finish,
     finite,
+    log_scale,
     new_axes,
     noisy_line,
     series,
@@ -138,11 +139,7 @@ def diagnostic_curve(records: Records, key: str, log: bool) -> Figure:
     finish(axes, "")
     axes.yaxis.set_major_locator(MaxNLocator(5))
     if log and len(values) and values.max() > 3 * values.min() > 0:
-        axes.set_yscale("log")
-        decades = np.log10(values.max() / values.min())
-        axes.yaxis.set_major_locator(LogLocator(subs=(1.0,) if decades > 2 else (1.0, 2.0, 5.0), numticks=12))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        log_scale(axes, (1.0,) if values.max() > 100 * values.min() else (1.0, 2.0, 5.0))
     return figure
 
 

@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from imaml_dist.reporting.drawing import (
     MARK,
@@ -22,6 +21,7 @@ from imaml_dist.reporting.drawing import (
     Records,
     finish,
     finite,
+    log_scale,
     new_axes,
     thin,
 )
@@ -73,11 +73,8 @@ def learned_curves(learned: list[Learned]) -> Figure:
             axes.fill_between(at, thin(one.low), thin(one.high), color=colour, alpha=0.16, lw=0)
     finish(axes, "value")
     if all(float(one.low.min()) > 0 for one in drawn):
-        axes.set_yscale("log")
         span = max(float(one.high.max()) for one in drawn) / min(float(one.low.min()) for one in drawn)
         subs = (1.0,) if span > 100 else (1.0, 2.0, 5.0) if span > 4 else tuple(range(1, 10))
-        axes.yaxis.set_major_locator(LogLocator(subs=subs, numticks=12))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        log_scale(axes, subs)
     axes.legend(loc="lower left", bbox_to_anchor=(-0.01, 1.0), ncol=4, borderaxespad=0.2, handlelength=1.6)
     return figure

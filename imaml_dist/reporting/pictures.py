@@ -21,6 +21,7 @@ from imaml_dist.reporting.reading import (
     read_object,
     read_records,
 )
+from imaml_dist.reporting.scheduled import read_scheduled, scheduled_curve
 
 DIAGNOSTICS = {"cg_residual": True, "stationarity": True, "cosine": False, "distance": False}
 """Metrics with a picture of their own, and whether a logarithmic scale may show more."""
@@ -68,6 +69,8 @@ def _figures(run: Path) -> Iterator[tuple[str, Figure]]:
     steps, shares = outcome_fractions(records)
     if len(steps):
         yield "solve-outcomes", figures.solve_outcomes(steps, shares)
+    for one in read_scheduled(records):
+        yield one.key.replace("_", "-"), scheduled_curve(one)
     if found := read_learned(records):
         yield "learned", learned_curves(found)
     if (episode := read_episode(run / "evaluation.json", evaluation)) is not None:

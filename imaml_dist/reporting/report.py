@@ -26,6 +26,7 @@ from imaml_dist.reporting.reading import (
     read_object,
     read_records,
 )
+from imaml_dist.reporting.scheduled import read_scheduled, scheduled_curve
 from imaml_dist.storage.local import atomic_write
 
 PANELS = (
@@ -74,6 +75,15 @@ def write_report(run: Path) -> Path:
         cautions=cautions(records) if head["kind"] == "imaml" else None,
         all_well=ALL_WELL,
         outcomes=_outcomes(records),
+        scheduled=[
+            {
+                "title": one.title,
+                "reading": one.reading,
+                "ends": one.ends,
+                "figure": draw(scheduled_curve(one), one.key),
+            }
+            for one in read_scheduled(records)
+        ],
         learned=_learned(records),
         episode=_episode(read_episode(run / "evaluation.json", evaluation)),
         time=_time(records),

@@ -20,6 +20,9 @@ def train(folder, data, uri, monkeypatch, **env):
     """A run of six steps whose only way to MLflow is this address; its summary."""
     write_config(folder / "tiny.yaml", data)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)
+    monkeypatch.setenv(
+        "MLFLOW_HTTP_REQUEST_TIMEOUT", "60"
+    )  # the server, its database and S3 share two cores with other tests
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     words = ("--run-dir", "run", "--set", "tracking={register: served}")

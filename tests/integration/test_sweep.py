@@ -26,6 +26,7 @@ from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.drawing import draw
 from imaml_dist.sweeps.search import measured
 from imaml_dist.training.run_directory import RunDirectory
+from pipelines.sweep_table import show_outcome
 
 TRIALS, STEPS = 3, 12
 TIMES = ("seconds", "began", "ended", "losses")
@@ -107,7 +108,7 @@ def begun(folder: Path, trial: int) -> bool:
 
 
 def trainer(folder: Path, trial: int) -> int:
-    """Process id of a trial of the local backend."""
+    """Process id of a trial of the local backend, or of rank 0 of one on Ray."""
     starts = (folder / "trials" / f"{trial:04d}" / "starts.jsonl").read_text().splitlines()
     return json.loads(starts[-1])["pids"][0]
 
@@ -165,6 +166,21 @@ def check_outcome(folder: Path, where: Path) -> None:
     assert json.loads((folder / "sweep.json").read_text()) == found
 
 
+@pytest.mark.slow
+def test_a_killed_ray_worker_of_a_trial_changes_nothing_in_the_table(data, tmp_path):
+    """Which the trial's own command replaces: to the sweep the trial was never lost."""
+    on_ray = {"run.backend": "ray", "run.workers": 2}
+    path, folder = write_sweep(tmp_path, data, steps=45, set=on_ray, budget={"trials": 2}), tmp_path / "sweep"
+    with Command("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path) as command:
+        wait_for(lambda: begun(folder, 0), command)
+        os.kill(trainer(folder, 0), signal.SIGKILL)
+        assert command.wait() == 0, command.output
+    starts = [json.loads(line) for line in (folder / "trials" / "0000" / "starts.jsonl").read_text().splitlines()]
+    assert len(starts) == 2 and starts[1]["after"]
+    assert [event["event"] for event in ledger(folder)] == ["begun", "ended"] * 2
+    assert table(folder) == trained_alone(path, tmp_path)
+
+
 @pytest.mark.parametrize(
     ("override", "code", "says"),
     [
@@ -201,6 +217,23 @@ def test_a_folder_of_something_else_and_another_sweep_are_left_alone(data, tmp_p
     ):
         code, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
         assert (code, says in output) == (2, True), output
+
+
+def test_a_leaderboard_in_a_file_or_a_pipe_has_a_line_for_each_trial(tmp_path, capsys):
+    values = {f"algorithm.inner.{name}": 0.5 for name in ("a_long_name", "another_long_name", "one_more_of_these")}
+    row = {"trial": 7, "status": "finished", "values": values, "accuracy": 0.8556, "ci95": 0.0227, "steps": 60}
+    found = {"name": "wide", "space": values, "trials": [row], "best": 7, "test": None}
+    show_outcome(found, SweepDirectory(tmp_path))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "finished" in line]
+    assert [cell.strip() for cell in line.split("│")[1:-1]] == [
+        "7",
+        "0.5",
+        "0.5",
+        "0.5",
+        "finished",
+        "60",
+        "85.56% ± 2.27",
+    ]
 
 
 LEFT = """
@@ -344,6 +377,44 @@ def test_ctrl_c_ends_with_checkpoints_and_the_same_command_goes_on(data, tmp_pat
     code, output = imaml(*words, cwd=tmp_path)
     assert code == 0, output
     assert [row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]] == ["finished"] * 2
+
+
+@pytest.mark.slow
+def test_mlflow_hears_of_a_signal_whenever_it_comes_and_of_the_end(data, tmp_path):
+    """While trials are trained, while the best one is tested after that, and while it is tested by a command that trains nothing."""
+    raw = base(data, 30) | {"tracking": {"mlflow": True}, "evaluate": {"tasks": 4000, "query": 5}}
+    path = write_sweep(tmp_path, data, base=raw, budget={"trials": 1})
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+    is_tested = (folder / "test.jsonl").is_file
+    for number, time_has_come in (
+        (signal.SIGTERM, lambda: begun(folder, 0)),
+        (signal.SIGTERM, is_tested),
+        (signal.SIGINT, is_tested),
+    ):
+        (folder / "test.jsonl").unlink(missing_ok=True)
+        with Command(*words, cwd=tmp_path) as command:
+            wait_for(time_has_come, command)
+            command.kill(number)
+            assert command.wait() == 130, command.output
+        assert "the same command goes on with the sweep" in command.output and "Traceback" not in command.output
+        assert not (folder / "sweep.json").exists()
+        assert [run.info.status for run in mlflow_runs(tmp_path) if is_parent(run)] == ["KILLED"]
+    code, output = imaml(*words, cwd=tmp_path)
+    assert code == 0, output
+    (parent,) = [run for run in mlflow_runs(tmp_path) if is_parent(run)]
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["test/accuracy"] == json.loads((folder / "sweep.json").read_text())["test"]["accuracy"]
+    assert [run.info.status for run in mlflow_runs(tmp_path)] == ["FINISHED"] * 2
+    assert [e["event"] for e in ledger(folder)] == ["begun", "ended"]
+
+
+def mlflow_runs(folder: Path) -> list:
+    client = MlflowClient(f"sqlite:///{folder / 'mlflow.db'}")
+    return client.search_runs([one.experiment_id for one in client.search_experiments()])
+
+
+def is_parent(run) -> bool:
+    return "mlflow.parentRunId" not in run.data.tags
 
 
 def test_mlflow_has_the_sweep_above_its_trials_and_every_point_once(data, tmp_path):

@@ -48,6 +48,25 @@ def test_without_a_past_nothing_is_stopped_or_paused(config):
     assert decisions(make_scheduler(config, 40), [0.2, 0.2, 0.2, 0.2]) == [TrialScheduler.CONTINUE] * 4
 
 
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config.kind)
+def test_what_a_trial_reports_again_after_a_crash_counts_once(config):
+    """Its first two validations are bad: counted twice, they would lower the mean that others are measured by."""
+
+    def judged(crashes_after):
+        scheduler, trial, curve = make_scheduler(config, 40), Running("again"), reports([0.2, 0.2, 0.8, 0.8])
+        replay(scheduler, past([0.2, 0.2, 0.8, 0.8]))
+        scheduler.on_trial_add(None, trial)
+        for number, report in enumerate(curve, start=1):
+            assert scheduler.on_trial_result(None, trial, report) == TrialScheduler.CONTINUE
+            if number == crashes_after:
+                for earlier in curve[:number]:
+                    assert scheduler.on_trial_result(None, trial, earlier) == TrialScheduler.CONTINUE
+        return decisions(scheduler, [0.49] * 4)
+
+    assert judged(None)[-1] == TrialScheduler.STOP
+    assert [judged(number) for number in (1, 2, 3)] == [judged(None)] * 3
+
+
 def test_no_scheduler_stops_nothing():
     scheduler = make_scheduler(NoSchedulerConfig(), 40)
     replay(scheduler, past(GOOD))

@@ -157,6 +157,19 @@ def test_a_finished_run_is_one_page_without_outside_references(tmp_path: Path) -
     assert "→ 2" in text
 
 
+def test_lambda_and_cg_steps_are_drawn_where_they_change(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    assert "Lambda and CG steps along the run" not in _page(run)
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for number, record in enumerate(records):
+        record |= {"algorithm_lam": 0.1 + number / 100, "algorithm_cg_steps": 2 + number // 100}
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = _page(run)
+    assert text.count("<svg") == 12
+    assert "Lambda over meta-steps: 0.1 at first, 2.09 at the end." in text
+    assert "CG steps at most over meta-steps: 2 at first, 3 at the end." in text
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     run = _write_run(tmp_path / "run")
     first = write_report(run).read_bytes()
