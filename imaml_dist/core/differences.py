@@ -16,7 +16,7 @@ from imaml_dist.core.inner.newton_cg import newton_cg
 from imaml_dist.core.inner.problem import InnerProblem
 from imaml_dist.core.proximal.protocol import Proximal
 
-GOAL = 1e-8
+GOAL = 1e-7
 """Of the inner solves at a moved theta: gradient norm over that which the move brought, `||Lambda (theta' - theta)||`."""
 
 ENOUGH = 1e-5
@@ -25,12 +25,12 @@ ENOUGH = 1e-5
 NEWTON_STEPS, ROUNDS = 10, 16
 """Newton steps of a round, and rounds of an inner solve, at most."""
 
-CG_ITERATIONS, DOUBLINGS = 60, 3
+CG_ITERATIONS, DOUBLINGS = 60, 2
 """Products for each Newton direction in the first round, and how often they are doubled from round to round: on the way a rough
 direction does, at the end of an ill-conditioned solve it does not."""
 
-SLOWEST = 1e-3
-"""Relative fall of G in a round, below which it goes nowhere unless the gradient is halved."""
+SLOWEST, PATIENCE = 1e-2, 2
+"""Relative fall of G in a round, below which it was idle unless it halved the gradient, and idle rounds in a row that end the solve."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def nearby_minimiser(
 ) -> tuple[Tensor, Tensor]:
     """A stationary point of `G(phi) = L(phi) + 1/2 (phi - theta)' Lambda (phi - theta)` reached downhill from a start.
 
-    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. It gives up where a round neither
-    halved a task's gradient nor lowered its G, as at a kink of L.
+    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. It gives up after two rounds that
+    neither halved a task's gradient nor lowered its G, as at a kink of L.
 
     Args:
         objective: L, `[T, P] -> [T]`, twice differentiable.
@@ -77,7 +77,7 @@ def nearby_minimiser(
             return inner.total(objective(phi), phi)
 
     phi, left, value = start, size(start), total(start)
-    first = left
+    first, idle = left, 0
     for round_ in range(ROUNDS):
         if not bool((left > goal).any()):
             break
@@ -91,7 +91,9 @@ def nearby_minimiser(
         ).params
         left_before, left = left, size(phi)
         value_before, value = value, total(phi)
-        if not bool(((left < left_before / 2) | (value < value_before - SLOWEST * value_before.abs())).any()):
+        better = (left < left_before / 2) | (value < value_before - SLOWEST * value_before.abs())
+        idle = 0 if bool(better.any()) else idle + 1
+        if idle == PATIENCE:
             break
     return phi, left
 

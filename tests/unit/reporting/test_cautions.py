@@ -71,7 +71,7 @@ def page_of(tmp_path, kind, records):
 
 def test_the_page_warns_in_plain_words_or_says_that_all_is_well(tmp_path):
     page = page_of(tmp_path, "imaml", run_of(WELL | {"stationarity": 0.86, "cosine": 0.9951}))
-    assert "By the last tenth of training the implicit gradient of this run is not one" in page
+    assert "Judged by the last tenth of training, the implicit gradient of this run is not one" in page
     assert "Stationarity 0.86, should be at most 0.05. Adaptation ends far from a minimum" in page
     assert (
         "Cosine to the first-order gradient 0.9951" in page and "Residual of the linear solve 0.5, should" not in page
