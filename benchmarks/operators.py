@@ -6,7 +6,7 @@ python benchmarks/operators.py --data data/omniglot --minutes 90 --json operator
 Every cell meta-trains Conv-4 in one process of one thread, from the same initial network on the same episodes, until it has used
 both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate is constant and what is tested are the averaged iterates
 (`AVERAGE` steps). Accuracy is that on tasks of the val split, the same for all cells, at equal tasks and, by a line between the points
-before and after, at equal seconds. First every method gets nine trials (its own settings x outer rates), then the best implicit one is
+before and after, at equal seconds. Every method gets nine trials (its own settings x outer rates), and the best implicit one is
 changed in one way after the other. Where it is interrupted or its minutes are over, the same command goes on; cells that are done are
 read. At the end all cells take turns with a chunk of tasks at the network that they ended with, and seconds are counted with
 what a task costs there: whatever else the machine did while they were trained does not matter then.
@@ -29,7 +29,7 @@ from pathlib import Path
 from matplotlib.figure import Figure
 from meta_gradient import facts
 from operators_cells import FACTORS, SETTINGS, trials
-from operators_run import Cell, in_turns, place, run_cell
+from operators_run import Cell, asked, in_turns, place, run_cell
 
 
 def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
@@ -50,7 +50,8 @@ def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline
     options.out.mkdir(parents=True, exist_ok=True)
     for name, overrides in cells.items():
         file = place(options, name)
-        if file.exists() and (found := json.loads(file.read_text()))["overrides"] == overrides:
+        found = json.loads(file.read_text()) if file.exists() else {}
+        if found.get("overrides") == overrides and found.get("asked") == asked(options):
             done[name] = found
         else:
             missing[name] = (overrides, file)
@@ -146,9 +147,9 @@ def main() -> None:
     parser.add_argument("--data", default="data/omniglot", help="what imaml prepare has written")
     parser.add_argument("--out", type=Path, default=Path("runs/operators"), help="a JSON file for every cell")
     parser.add_argument("--minutes", type=float, default=90.0, help="no cell is begun after them")
-    parser.add_argument("--tasks", type=int, default=1200)
-    parser.add_argument("--seconds", type=float, default=80.0, help="of one core's time")
-    parser.add_argument("--every", type=int, default=400, help="tasks between two tests")
+    parser.add_argument("--tasks", type=int, default=1600)
+    parser.add_argument("--seconds", type=float, default=60.0, help="of one core's time")
+    parser.add_argument("--every", type=int, default=800, help="tasks between two tests")
     parser.add_argument("--test-tasks", type=int, default=200)
     parser.add_argument(
         "--turns", type=int, default=5, help="in which cells are timed at the end; 0 keeps processor time"
@@ -159,12 +160,14 @@ def main() -> None:
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
     stages: dict[str, list[Cell]] = {}
+    best: dict[str, Cell] = {}
     for method in SETTINGS:
         stages[method] = run_stage(options, trials(method), deadline)
-    best = {method: max(cells, key=lambda c: score(c, options)) for method, cells in stages.items() if cells}
-    if "imaml" in best:
-        changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
-        stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
+        if stages[method]:
+            best[method] = max(stages[method], key=lambda c: score(c, options))
+        if method == "imaml" and best:
+            changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
+            stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
     if options.turns:
         in_turns(options, list({cell["name"]: cell for cells in stages.values() for cell in cells}.values()))
     for title, cells in stages.items():

@@ -42,6 +42,11 @@ WATCHED = ("stationarity", "cg_residual", "cosine", "distance", "support_loss", 
 Cell = dict[str, Any]
 
 
+def asked(options: argparse.Namespace) -> dict[str, float]:
+    """What a cell's result depends on besides its settings."""
+    return {key: getattr(options, key) for key in ("tasks", "seconds", "every", "test_tasks")}
+
+
 def place(options: argparse.Namespace, name: str) -> Path:
     """The file of a cell."""
     return Path(options.out, f"{''.join(c if c.isalnum() or c in '.-' else '_' for c in name)}.json")
@@ -133,6 +138,7 @@ def run_cell(options: argparse.Namespace, name: str, overrides: list[str], file:
     found = {
         "name": name,
         "overrides": overrides,
+        "asked": asked(options),
         "points": points,
         "tasks_per_second": state.step * per_step / seconds,
         "updates": state.updates,
