@@ -9,7 +9,7 @@ from imaml_dist.models.activation import Activation
 from imaml_dist.models.batch_norm_activation import BatchNormActivation2d
 from imaml_dist.models.functional import FunctionalModel
 
-TORCHS = {"relu": nn.ReLU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "softplus": nn.Softplus(2.0)}
+TORCHS = {"relu": nn.ReLU(), "silu": nn.SiLU(), "gelu": nn.GELU(), "softplus": nn.Softplus(2.0, threshold=40.0)}
 
 
 def pair(activation: str) -> tuple[nn.Module, nn.Module]:
