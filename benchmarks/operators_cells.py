@@ -29,6 +29,14 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
 HESSIAN = ["algorithm.solver.operator=hessian", "algorithm.solver.on_negative_curvature=gauss_newton"]
 SILU = ["model.activation=silu"]
 
+LBFGS8 = ["algorithm.inner.kind=lbfgs", "algorithm.inner.steps=8"]
+
+
+def by_layer(body: float, head: float) -> list[str]:
+    """A strength for the head alone."""
+    return [f"algorithm.lam={{kind: per_layer, init: {body}, layers: {{head: {head}}}}}"]
+
+
 FACTORS: dict[str, list[str]] = {
     "Hessian, else Gauss-Newton": HESSIAN,
     "Hessian, truncated": ["algorithm.solver.operator=hessian"],
@@ -44,7 +52,7 @@ FACTORS: dict[str, list[str]] = {
     "32 inner steps": ["algorithm.inner.steps=32"],
     "8 inner steps of 0.2": ["algorithm.inner.steps=8", "algorithm.inner.lr=0.2"],
     "inner tolerance 0.03": ["algorithm.inner.tolerance=0.03"],
-    "L-BFGS 8": ["algorithm.inner.kind=lbfgs", "algorithm.inner.steps=8"],
+    "L-BFGS 8": LBFGS8,
     "L-BFGS 16": ["algorithm.inner.kind=lbfgs", "algorithm.inner.steps=16"],
     "Newton-CG 3": ["algorithm.inner.kind=newton_cg", "algorithm.inner.steps=3"],
     "Nesterov 8": ["algorithm.inner={kind: momentum, lr: 0.1, steps: 8, momentum: 0.5, nesterov: true}"],
@@ -56,16 +64,23 @@ FACTORS: dict[str, list[str]] = {
     "learned lam per layer": ["algorithm.lam.kind=per_layer", "algorithm.lam.learn=true", "algorithm.lam.lr=0.01"],
     "learned diagonal lam": ["algorithm.lam.kind=diagonal", "algorithm.lam.learn=true", "algorithm.lam.lr=0.01"],
     "lam from 1 down": ["algorithm.lam.init=1.0", "algorithm.lam.schedule={kind: linear, to: 0.1, updates: 60}"],
-    **{
-        f"lam {body}, head {head}": [f"algorithm.lam={{kind: per_layer, init: {body}, layers: {{head: {head}}}}}"]
-        for body, head in ((1.0, 0.1), (1.0, 0.03), (3.0, 0.1), (0.3, 0.03), (0.1, 1.0))
-    },
+    "lam 1, head 0.1": by_layer(1.0, 0.1),
+    "lam 1, head 0.03": by_layer(1.0, 0.03),
+    "lam 3, head 0.1": by_layer(3.0, 0.1),
+    "lam 0.1, head 1": by_layer(0.1, 1.0),
+    "SiLU, lam 1, head 0.1, L-BFGS 8": [*SILU, *by_layer(1.0, 0.1), *LBFGS8],
+    "SiLU, lam 1, head 0.1, L-BFGS 8, Hessian": [*SILU, *by_layer(1.0, 0.1), *LBFGS8, *HESSIAN],
+    "SiLU, lam 1, head 0.03, L-BFGS 8": [*SILU, *by_layer(1.0, 0.03), *LBFGS8],
+    "SiLU, lam 3, head 0.1, L-BFGS 8": [*SILU, *by_layer(3.0, 0.1), *LBFGS8],
+    "SiLU, lam 3, head 0.1, L-BFGS 8, Hessian": [*SILU, *by_layer(3.0, 0.1), *LBFGS8, *HESSIAN],
+    "SiLU, lam 1, head 0.1": [*SILU, *by_layer(1.0, 0.1)],
+    "lam 1, head 0.1, L-BFGS 8": [*by_layer(1.0, 0.1), *LBFGS8],
     "lam 1": ["algorithm.lam=1.0"],
     "outer eps 1e-3": ["outer.eps=0.001"],
     "SiLU, Hessian, else Gauss-Newton": [*SILU, *HESSIAN],
     "SiLU, Hessian, L-BFGS 16": [*SILU, *HESSIAN, "algorithm.inner.kind=lbfgs", "algorithm.inner.steps=16"],
     "SiLU, 8 inner steps": [*SILU, "algorithm.inner.steps=8"],
-    "SiLU, L-BFGS 8": [*SILU, "algorithm.inner.kind=lbfgs", "algorithm.inner.steps=8"],
+    "SiLU, L-BFGS 8": [*SILU, *LBFGS8],
 }
 """What is changed about the best of imaml's nine trials, one thing at a time, and a few things together."""
 
