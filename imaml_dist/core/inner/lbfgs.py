@@ -14,13 +14,13 @@ from imaml_dist.core.outcome import TaskOutcome, inner_outcome
 from imaml_dist.core.proximal.protocol import Proximal
 
 FLATTEST = 1e-6
-"""A pair is used where `s'y` is above this fraction of `|s| |y|`: else it tells more of rounding or negative curvature than of G."""
+"""A pair is kept where `s'y` is above this fraction of `|s| |y|`; below zero, along negative curvature, B would not stay positive."""
 
 SHORTEST = 2.0**-10
-"""A task whose step was halved below this length is done: along a direction of descent G falls no further than its rounding."""
+"""A direction whose step was halved below this length is given up for steepest descent, and the pairs that it came from with it."""
 
 Pair = tuple[Tensor, Tensor, Tensor]
-"""A step s, the change y of the gradient along it, both `[T, P]`, and `1 / s'y` `[T]`, which is 0 where the pair is not used."""
+"""A step s, the change y of the gradient along it, both `[T, P]`, and `1 / s'y` `[T]`, which is 0 where a task has no such pair."""
 
 
 def lbfgs(
@@ -36,13 +36,15 @@ def lbfgs(
 ) -> InnerSolution:
     """Minimise `G(phi) = L(phi) + R(phi - theta)` from phi = theta by at most `steps` quasi-Newton steps.
 
-    The direction is `-B grad G`, where B is what the BFGS update makes of `c I` and the last `memory` pairs of steps s and gradient
-    changes y, `c = s'y / y'y` of the newest one (`lr` before there is one). A step of length 1 is tried first; where
-    `G <= G + 1e-4 a grad G'p` does not hold at length a, phi stays and the next step tries half the length. Every step is
-    therefore one gradient, whatever becomes of it, and tasks whose steps are accepted never wait for those whose are not. Pairs
-    with `s'y <= 0`, as negative curvature gives, are left out, so B stays positive definite.
+    The direction p is `-B grad G`, where B is what the BFGS update makes of `c I` and a task's last `memory` pairs of steps s and
+    gradient changes y, `c = s'y / y'y` of the newest one (`lr` before there is one). A step of length 1 is tried first; where
+    `G(phi + a p) <= G(phi) + 1e-4 a grad G'p` does not hold at length a, beyond what rounding makes of G, phi stays and the next step
+    tries half the length. Every step is therefore one gradient, whatever becomes of it, and tasks whose steps are accepted never
+    wait for those whose are not. Pairs with `s'y <= 0`, as negative curvature gives, are left out, so B stays positive definite; a
+    direction that is no descent in rounding, or along which no length does, makes way for `-c grad G` and its task forgets its pairs.
 
-    Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`. Memory: `2 memory` vectors of that size.
+    Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`. Memory: `2 memory` vectors of that size. The curvature that
+    is handed on comes with the last gradient where every task that still moves takes the last step, else with one more.
 
     Args:
         objective: support loss L, `[T, P] -> [T]`.
@@ -88,16 +90,15 @@ def lbfgs(
     for step in range(steps):
         if on_host and not bool(active.any()):
             break
-        last = step == steps - 1
         tried = phi + length[:, None] * direction
-        tried_losses, tried_gradient, curvature = evaluated(tried, last)
+        tried_losses, tried_gradient, curvature = evaluated(tried, last=on_host and step == steps - 1)
         tried_value = problem.total(tried_losses, tried)
         noise = ROUNDING * torch.finfo(value.dtype).eps * value.abs()
         # Comparisons with nan are false, so a length at which G is not finite is halved.
         better = tried_value <= value + ARMIJO * length * dot(gradient, direction) + noise
         accepted = active & better & finite(tried_losses, tried_gradient)
         taken = taken + active
-        if not (on_host and bool(accepted.all())):
+        if not (on_host and bool((accepted | ~active).all())):
             curvature = None  # it is that of what was tried
             tried = torch.where(accepted[:, None], tried, phi)
             tried_gradient = torch.where(accepted[:, None], tried_gradient, gradient)
@@ -106,15 +107,20 @@ def lbfgs(
         s, y = tried - phi, tried_gradient - gradient
         sy, yy = dot(s, y), dot(y, y)
         known = accepted & (sy > FLATTEST * (dot(s, s) * yy).sqrt())
-        pairs = [*pairs, (s, y, torch.where(known, 1.0 / sy, 0.0))][-memory:]
-        scale = torch.where(known, sy / yy, scale)
         phi, losses, gradient, value = tried, tried_losses, tried_gradient, tried_value
+        active = active & (torch.linalg.vector_norm(gradient, dim=-1) > threshold)
+        if step == steps - 1:
+            break
+        pairs = _kept(pairs, (s, y, torch.where(known, 1.0 / sy, 0.0)), known | ~active, memory)
+        scale = torch.where(known, sy / yy, scale)
         length = torch.where(accepted, 1.0, 0.5 * length)
-        active = active & (length >= SHORTEST) & (torch.linalg.vector_norm(gradient, dim=-1) > threshold)
-        if not last:
-            fresh = -_two_loops(gradient, pairs, scale)
-            direction = torch.where(accepted[:, None], fresh, direction)
-            direction = torch.where(active[:, None], direction, 0.0)
+        fresh = torch.where(accepted[:, None], -_two_loops(gradient, pairs, scale), direction)
+        lost = active & ((length < SHORTEST) & _has_any(pairs, length) | (dot(fresh, gradient) >= 0))
+        if not (on_host and not bool(lost.any())):
+            fresh = torch.where(lost[:, None], -scale[:, None] * gradient, fresh)
+            length = torch.where(lost, 1.0, length)
+            pairs = [(s, y, torch.where(lost, 0.0, inverse)) for s, y, inverse in pairs]
+        direction = torch.where(active[:, None], fresh, 0.0)
     if linearise is not None and curvature is None:
         curvature = problem.linearised(phi, linearise)[2]
     outcome = inner_outcome(first_loss, value)
@@ -126,6 +132,30 @@ def lbfgs(
         outcome=torch.where(broken, int(TaskOutcome.NON_FINITE), outcome),
         curvature=curvature,
     )
+
+
+def _kept(pairs: list[Pair], newest: Pair, known: Tensor, memory: int) -> list[Pair]:
+    """Every task's last `memory` pairs, oldest first; a task whose newest pair is of no use keeps those it has."""
+    if known.device.type == "cpu" and bool(known.all()):
+        return [*pairs, newest][-memory:]
+    if len(pairs) < memory:
+        none = torch.zeros_like(newest[2])
+        empty = (torch.zeros_like(newest[0]), torch.zeros_like(newest[1]), none)
+        pairs = [*([empty] * (memory - len(pairs))), *pairs]
+    moved = [*pairs[1:], newest]
+    rows = known[:, None]
+    return [
+        (torch.where(rows, a[0], b[0]), torch.where(rows, a[1], b[1]), torch.where(known, a[2], b[2]))
+        for a, b in zip(moved, pairs, strict=True)
+    ]
+
+
+def _has_any(pairs: list[Pair], like: Tensor) -> Tensor:
+    """Tasks that have a pair, `[T]` bool."""
+    found = torch.zeros_like(like, dtype=torch.bool)
+    for _, _, inverse in pairs:
+        found = found | (inverse != 0)
+    return found
 
 
 def _two_loops(gradient: Tensor, pairs: list[Pair], scale: Tensor) -> Tensor:
