@@ -3,10 +3,10 @@
 python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json
 python benchmarks/finalists.py operators.json --data data/omniglot --json finalists.json --png finalists.png
 
-Settings are those that `operators.py` found, with the same number of trials for every method; the shipped configuration stands beside
-them as `default`. Every run is `imaml train` with two workers, a linear schedule and the same number of steps: equal tasks. For equal
-seconds a method gets as many steps as its tasks a second (of the first seed's run) do in the time that the default's run took,
-with the schedule stretched over them; that a run's result does not depend on what else the machine does is what makes this possible.
+Settings are those that `operators.py` found, with the same number of trials for every method. Every run is `imaml train` with two
+workers, a linear schedule and the same number of steps: equal tasks. For equal seconds a method gets as many steps as fit into the time
+of the implicit one's, by the processor time that a task cost each when they took turns (`seconds_per_task` of the report), with the
+schedule stretched over them. That a run's result does not depend on what else the machine does is what makes this possible.
 Accuracies are of `imaml train`'s own test at the end. The same command goes on where it was interrupted.
 """
 
@@ -20,7 +20,6 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from meta_gradient import facts
-from operators import score
 
 Row = dict[str, Any]
 
@@ -37,13 +36,13 @@ def train(config: Path, run: Path, overrides: list[str]) -> Row:
 
 
 def settings_of(report: dict[str, Any], options: argparse.Namespace) -> dict[str, list[str]]:
-    """The best overrides of each method, by the mean of both accuracies."""
-    judged = argparse.Namespace(tasks=report["tasks"], seconds=report["seconds"])
-    found: dict[str, list[str]] = {"default": []}
-    for method, cells in report["stages"].items():
-        if method in options.methods and cells:
-            found[method] = max(cells, key=lambda cell: score(cell, judged))["overrides"]
-    return found
+    """The best overrides of each method."""
+    counts = {method: len(report["stages"].get(method, [])) for method in options.methods}
+    if len(set(counts.values())) != 1:
+        raise SystemExit(
+            f"the methods were not tried as often as each other ({counts}); let operators.py run to its end first"
+        )
+    return {method: report["best"][method] for method in options.methods}
 
 
 def spread(rows: list[Row]) -> str:
@@ -81,7 +80,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
-    methods = settings_of(json.loads(options.report.read_text()), options)
+    report = json.loads(options.report.read_text())
+    methods = settings_of(report, options)
 
     def runs(method: str, steps: int) -> list[Row]:
         alike = [
@@ -102,21 +102,18 @@ def main() -> None:
             for seed in range(options.seeds)
         ]
 
+    cost = report["seconds_per_task"]
+    affordable = {method: round(options.steps * cost["imaml"] / cost[method]) for method in methods}
     tasks = {method: runs(method, options.steps) for method in methods}
-    seconds = {"default": tasks["default"]}
-    for method in methods:
-        if method != "default":
-            first, limit = tasks[method][0], tasks["default"][0]["seconds"]
-            steps = round(options.steps * limit / first["seconds"])
-            seconds[method] = runs(method, steps)
+    seconds = {method: runs(method, steps) for method, steps in affordable.items()}
     equal = {"tasks": tasks, "seconds": seconds}
     print(f"| method | {options.steps} steps | tasks/s | as many seconds | steps |\n|---|---|---|---|---|")
-    for method in methods:
-        speed, steps = tasks[method][0]["tasks_per_second"], seconds[method][0]["meta_steps"]
+    for method, steps in affordable.items():
+        speed = statistics.median(row["tasks_per_second"] for row in tasks[method])
         print(f"| {method} | {spread(tasks[method])} | {speed:.1f} | {spread(seconds[method])} | {steps} |")
     if options.json:
-        report = {**facts(), "settings": methods, "steps": options.steps, "extra": options.extra, "equal": equal}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        found = {**facts(), "settings": methods, "steps": affordable, "extra": options.extra, "equal": equal}
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.png:
         draw(equal).savefig(options.png, dpi=110)
 

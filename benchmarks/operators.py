@@ -8,8 +8,9 @@ both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate i
 (`AVERAGE` steps). Accuracy is that on tasks of the val split, the same for all cells, at equal tasks and, by a line between the points
 before and after, at equal seconds. Every method gets nine trials (its own settings x outer rates), and the best implicit one is
 changed in one way after the other. Where it is interrupted or its minutes are over, the same command goes on; cells that are done are
-read. At the end all cells take turns with a chunk of tasks at the network that they ended with, and seconds are counted with
-what a task costs there: whatever else the machine did while they were trained does not matter then.
+read. Before one is chosen, and at the end, cells take turns with meta-steps at the network that they ended with, and seconds are
+counted with the processor time that a task costs there: what else the machine did while they were trained matters little then. Trials are
+unlike in one thing: the configuration that all begin with was once made for the implicit method.
 
 Of every cell: stationarity and linear residual, the cosine of the meta-gradient to the first-order one, norm(phi - theta), the
 outcomes of the linear solves (means over the last 20 steps); and, in float64 on `PROBED` val tasks at the end, the smallest
@@ -72,9 +73,9 @@ def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline
 
 
 def score(cell: Cell, options: argparse.Namespace) -> float:
-    """Accuracy at equal tasks and at equal seconds, their mean: what trials are chosen by."""
+    """Accuracy at equal tasks and at equal seconds, their mean: what trials are chosen by; minus infinity where one is missing."""
     found = [at(cell["points"], "tasks", options.tasks), at(cell["points"], "seconds", options.seconds)]
-    return statistics.fmean(v for v in found if v is not None)
+    return statistics.fmean(-math.inf if value is None else value for value in found)
 
 
 def line(cell: Cell, options: argparse.Namespace) -> str:
@@ -148,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/operators"), help="a JSON file for every cell")
     parser.add_argument("--minutes", type=float, default=90.0, help="no cell is begun after them")
     parser.add_argument("--tasks", type=int, default=1600)
-    parser.add_argument("--seconds", type=float, default=60.0, help="of one core's time")
+    parser.add_argument("--seconds", type=float, default=50.0, help="of one core's time")
     parser.add_argument("--every", type=int, default=800, help="tasks between two tests")
     parser.add_argument("--test-tasks", type=int, default=200)
     parser.add_argument(
@@ -163,17 +164,19 @@ def main() -> None:
     best: dict[str, Cell] = {}
     for method in SETTINGS:
         stages[method] = run_stage(options, trials(method), deadline)
+        in_turns(options, stages[method])
         if stages[method]:
             best[method] = max(stages[method], key=lambda c: score(c, options))
         if method == "imaml" and best:
             changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
             stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
-    if options.turns:
-        in_turns(options, list({cell["name"]: cell for cells in stages.values() for cell in cells}.values()))
+    in_turns(options, list({cell["name"]: cell for cells in stages.values() for cell in cells}.values()))
     for title, cells in stages.items():
         print(f"\n{table(title, cells, options)}")
     if options.json:
-        report = {**facts(), **{k: getattr(options, k) for k in ("tasks", "seconds", "test_tasks")}, "stages": stages}
+        chosen = {method: cell["overrides"] for method, cell in best.items()}
+        cost = {method: cell.get("seconds_per_task") for method, cell in best.items()}
+        report = {**facts(), **asked(options), "best": chosen, "seconds_per_task": cost, "stages": stages}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.png:
         draw(list(best.values())).savefig(options.png, dpi=110)

@@ -3,8 +3,6 @@
 RATES = ("0.001", "0.003", "0.01")
 """Outer rates that every method is tried with."""
 
-PLAIN = "algorithm.inner.kind=gradient_descent"
-
 SETTINGS: dict[str, dict[str, list[str]]] = {
     "imaml": {f"lam {lam}": [f"algorithm.lam={lam}"] for lam in ("0.03", "0.1", "0.3")},
     "fomaml": {
