@@ -1,15 +1,11 @@
-"""What does a smooth network cost beside the rectified one, and what accuracy has it after the same short training?
+"""What does a smooth network cost beside the rectified one? Its accuracy is one of the questions of `operators.py`.
 
 python benchmarks/activations.py --json activations.json
-python benchmarks/activations.py --data data/omniglot --steps 30 --json activations.json
 
-Cost: the meta-gradient of four tasks, 5-way 1-shot, as in `meta_gradient.py`: Conv-4, random images, 16 inner steps, 5 steps of
+The meta-gradient of four tasks, 5-way 1-shot, as in `meta_gradient.py`: Conv-4, random images, 16 inner steps, 5 steps of
 conjugate gradient on the Hessian, float32, one thread, our own kernels where there is a compiler. All activations take turns, in an
 order that changes from turn to turn, and ratios are medians of pairs from the same turn, with their quartiles. Seconds are those of
 the processor, so that waiting for it does not count.
-
-Accuracy, with --data: so many meta-steps of the shipped Omniglot configuration, without its schedule, from the same initial
-parameters on the same episodes; test tasks are the same too.
 """
 
 import argparse
@@ -22,12 +18,9 @@ from typing import Any
 import torch
 from meta_gradient import CG_STEPS, LAM, LR, facts, ours, work
 
-from imaml_dist.config.load import load_config
-from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve
 from imaml_dist.kernels import native
 from imaml_dist.kernels.memory import keep_freed_memory
 from imaml_dist.models.activation import Activation
-from imaml_dist.training.evaluation import evaluate
 
 NAMES = ("relu", "silu", "gelu", "softplus")
 
@@ -59,30 +52,10 @@ def cost(repeats: int) -> dict[str, dict[str, Any]]:
     return found
 
 
-def accuracy(name: str, data: str, steps: int, tasks: int) -> dict[str, float]:
-    """Of test tasks after so many meta-steps; and the stationarity of the last training tasks (median)."""
-    settings = [f"data.url={data}", f"model.activation={name}"]
-    config = resolve(load_config(Path("pipelines/configs/omniglot.yaml"), settings), cuda=False)
-    dataset = open_dataset(config)
-    train, test = (make_source(config, dataset, split) for split in ("train", "test"))
-    learner = make_learner(config, train.image_shape)
-    optimizer = torch.optim.Adam(learner.functional.module.parameters(), lr=config.outer.lr)
-    size = config.run.tasks_per_step
-    for step in range(steps):
-        optimizer.zero_grad()
-        found = learner.backward([train.episodes(step, range(t, t + 4)) for t in range(0, size, 4)])
-        optimizer.step()
-    tested = evaluate(learner, test, tasks)
-    return {"accuracy": tested.mean, "ci95": tested.ci95, "stationarity": float(found.tasks.stationarity.median())}
-
-
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--data", help="what imaml prepare omniglot has written; without it only costs are measured")
-    parser.add_argument("--steps", type=int, default=30, help="meta-steps of 16 tasks")
-    parser.add_argument("--tasks", type=int, default=200, help="test tasks")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -92,14 +65,6 @@ def main() -> None:
     for name, row in rows.items():
         low, high = row["ratio_quartiles"]
         print(f"{name:10} {row['seconds']:8.3f} {row['ratio']:7.3f}  ({low:.3f} to {high:.3f})", flush=True)
-    for name in NAMES if options.data else ():
-        rows[name] |= accuracy(name, options.data, options.steps, options.tasks)
-        found = rows[name]
-        print(
-            f"{name:10} {found['accuracy']:.1%} +- {found['ci95']:.1%} after {options.steps} meta-steps, stationarity "
-            f"{found['stationarity']:.2f}",
-            flush=True,
-        )
     if options.json:
         chosen = {key: value for key, value in vars(options).items() if key != "json"}
         options.json.write_text(json.dumps({**facts(), **chosen, "rows": rows}, indent=1) + "\n")
