@@ -302,9 +302,8 @@ def test_optuna_and_the_median_rule_keep_what_has_ended_through_a_kill_of_the_dr
 
 @pytest.mark.slow
 def test_asha_keeps_what_has_ended_through_a_kill_of_the_driver_and_goes_on_to_stop(data, tmp_path):
-    """Of the trials that come after the kill some are stopped for what those before it had reached."""
     rates = [LEARNS, *FAILS, 0.002]
-    check_kept_through_a_kill(
+    kept = check_kept_through_a_kill(
         tmp_path,
         data,
         trials=len(rates),
@@ -313,12 +312,16 @@ def test_asha_keeps_what_has_ended_through_a_kill_of_the_driver_and_goes_on_to_s
         scheduler={"kind": "asha", "grace": 9, "reduction": 2.0},
         budget={},
     )
-    assert {row["status"] for row in leaderboard(tmp_path / "sweep")} == {"finished", "stopped"}
+    assert "stopped" in {row["status"] for row in leaderboard(tmp_path / "sweep") if row["trial"] not in kept}
 
 
-def check_kept_through_a_kill(where: Path, data: Path, trials: int, **fields) -> None:
+def check_kept_through_a_kill(where: Path, data: Path, trials: int, **fields) -> set[int]:
     """The driver is killed when a trial is finished and another one is trained; the same command ends the sweep and lets trials alone
-    that had ended: each one's ledger, starts and metrics are what they were."""
+    that had ended: each one's ledger, starts and metrics are what they were.
+
+    Returns:
+        Those that had ended.
+    """
     path = write_sweep(where, data, steps=60, **fields)
     words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), where / "sweep"
     with ray_cluster(nodes=2) as cluster:
@@ -327,18 +330,19 @@ def check_kept_through_a_kill(where: Path, data: Path, trials: int, **fields) ->
             wait_for(lambda: open_trials(folder), command)
             command.kill()
         before = ledger(folder)
-        kept = {event["trial"]: trained(folder, event["trial"]) for event in before if event["event"] == "ended"}
+        ended = [event for event in before if event["event"] == "ended"]
+        kept = [trained(folder, event) for event in ended]
         assert 1 <= len(kept) < trials
-        assert all(kept.values())
         code, output = imaml(*words, cwd=where, **cluster.env)
         assert code == 0, output
     events = ledger(folder)
     assert events[: len(before)] == before
     for number in range(trials):
         assert [e["event"] for e in events if e["trial"] == number and e["event"] != "lost"] == ["begun", "ended"]
-    assert {number: trained(folder, number) for number in kept} == kept
+    assert [trained(folder, event) for event in ended] == kept
     assert len(leaderboard(folder)) == trials
     assert {row["status"] for row in leaderboard(folder)} <= {"finished", "stopped"}
+    return {event["trial"] for event in ended}
 
 
 def open_trials(folder: Path) -> set[int]:
@@ -347,10 +351,12 @@ def open_trials(folder: Path) -> set[int]:
     return {e["trial"] for e in events} - {e["trial"] for e in events if e["event"] == "ended"}
 
 
-def trained(folder: Path, trial: int) -> tuple[str, str]:
-    """What a trial's run directory says of its training: all starts, and all meta-steps with their times."""
-    run = folder / "trials" / f"{trial:04d}"
-    return (run / "starts.jsonl").read_text(), (run / "metrics.jsonl").read_text()
+def trained(folder: Path, ended: dict) -> list[str]:
+    """What a trial's run directory says of its training: all starts; and all meta-steps with their times, if it was trained to its end,
+    for one that was stopped may still be leaving."""
+    run = folder / "trials" / f"{ended['trial']:04d}"
+    files = ["starts.jsonl", "metrics.jsonl"] if ended["status"] == "finished" else ["starts.jsonl"]
+    return [(run / name).read_text() for name in files]
 
 
 @pytest.mark.slow
