@@ -13,7 +13,7 @@ from pipelines.summary import is_finished
 from pipelines.tracking import finish_tracking, mlflow_run
 
 
-def sync(path: str | Path, say: bool = True) -> None:
+def sync(path: str | Path, say: bool = True, seen: str | None = None) -> None:
     """Send the remaining metrics and the run's files, and close the MLflow run.
 
     A run whose process was killed cannot have said so itself: it becomes KILLED here, or FAILED if it noted that it did, and
@@ -22,6 +22,7 @@ def sync(path: str | Path, say: bool = True) -> None:
     Args:
         path: run directory.
         say: print what became of it.
+        seen: how it ended, as whoever started it saw; what the run itself said or noted before its end goes first.
 
     Raises:
         InputError: no such run, or it is being trained.
@@ -34,7 +35,7 @@ def sync(path: str | Path, say: bool = True) -> None:
         if not held:
             raise InputError(f"{path} is being trained, which sends its metrics as it goes on; wait for its end")
         tracker = mlflow_run(config, run, open_dataset(config))
-        status = "FINISHED" if is_finished(config, run) else tracker.intended or _noted(run)
+        status = "FINISHED" if is_finished(config, run) else tracker.intended or seen or _noted(run)
         finish_tracking(tracker, run, status)
     if say:
         console.out.print(f"MLflow run {tracker.identity}: {status}", soft_wrap=True)

@@ -61,11 +61,12 @@ class SweepTracking:
         if self._parent is None:
             return
         directory, trials = self._search.directory, self._search.ledger.trials
-        runs = [directory.run(trial) for trial in trials if directory.run(trial).mlflow_file.is_file()]
-        for run in runs:
-            if not is_told(run.path):  # its process was killed, or the server was away
-                self._try(lambda: sync(run.path, say=False))  # noqa: B023 - called at once
-        self._try(lambda: self._close(status, found, runs))
+        tracked = [(trial, run) for trial in trials if (run := directory.run(trial)).mlflow_file.is_file()]
+        for trial, run in tracked:
+            if not is_told(run.path):  # its process crashed or was killed, or the server was away
+                seen = "FAILED" if trial.status == "failed" else None
+                self._try(lambda: sync(run.path, say=False, seen=seen))  # noqa: B023 - called at once
+        self._try(lambda: self._close(status, found, [run for _, run in tracked]))
 
     def _close(self, status: str, found: dict[str, Any] | None, runs: list[RunDirectory]) -> None:
         assert self._parent is not None

@@ -24,6 +24,7 @@ from imaml_dist.reporting.drawing import (
     finish,
     new_axes,
 )
+from imaml_dist.reporting.end_labels import End, name_ends
 from imaml_dist.reporting.sweep_reading import FieldAxis, TrialRow
 
 STATUS = {"finished": TRAINED, "stopped": "#e0a458", "failed": "#c0392b"}
@@ -140,8 +141,12 @@ def cost_of_trials(trials: Sequence[TrialRow]) -> Figure:
 
 @rc_context(STYLE)
 def validation_curves(trials: Sequence[TrialRow], best: int) -> Figure:
-    """Validation accuracy of every trial over meta-steps; a cross where a scheduler stopped one."""
-    figure, axes = new_axes(WIDTH, 3.2, left=0.66, right=0.12, top=0.12)
+    """Validation accuracy of every trial over meta-steps; a cross where a scheduler stopped one.
+
+    Where more trials end than there is room for numbers, the best one and those with the highest last validation are numbered.
+    """
+    figure, axes = new_axes(WIDTH, 3.2, left=0.66, right=0.2, top=0.12)
+    ends = []
     for trial in trials:
         at, values = trial.curve
         if not len(at):
@@ -151,13 +156,11 @@ def validation_curves(trials: Sequence[TrialRow], best: int) -> Figure:
         axes.plot(at, values, color=colour, lw=2.0 if chosen else 1.0, marker=".", ms=4, zorder=4 if chosen else 2)
         if trial.status == "stopped":
             axes.plot(at[-1], values[-1], "x", color=STATUS["stopped"], ms=6, mew=1.6, zorder=3)
-        axes.annotate(
-            str(trial.number), (at[-1], values[-1]), xytext=(4, 0), textcoords="offset points", va="center", fontsize=7,
-            color=colour,
-        )  # fmt: skip
+        ends.append(End(str(trial.number), float(at[-1]), float(values[-1]), colour))
     axes.margins(x=0.03)
     axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     finish(axes, "validation accuracy")
+    name_ends(axes, sorted(ends, key=lambda end: (end.name != str(best), -end.y)))
     return figure
 
 

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from helpers.command import ROOT, Command, imaml, imaml_here
 from helpers.ray_cluster import clean_environment, ray_cluster
-from helpers.runs import raw_config
+from helpers.sweeps import TRIALS, base, begun, leaderboard, ledger, wait_for, write_sweep
 from mlflow import MlflowClient
 
 from imaml_dist.config.load import build_config
@@ -28,42 +28,14 @@ from imaml_dist.sweeps.search import measured
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines.sweep_table import show_outcome
 
-TRIALS, STEPS = 3, 12
+LEARNS, FAILS = 0.003, (8.0, 7.0, 9.0, 6.0)
+"""Rates of the outer optimiser."""
 TIMES = ("seconds", "began", "ended", "losses")
-
-
-def base(data: Path, steps: int) -> dict:
-    """A network too small and adapted too little to be right about every image."""
-    raw = raw_config(data, steps=steps)
-    hard = {"inner": {"steps": 1, "lr": 0.02}, "solver": {"max_iterations": 2}}
-    return raw | {
-        "model": {"kind": "conv4", "channels": 2},
-        "algorithm": {"kind": "imaml", **hard},
-        "validate": {"every": 3, "tasks": 12},
-    }
-
-
-def write_sweep(folder: Path, data: Path, steps: int = STEPS, **fields) -> Path:
-    raw = {
-        "name": "sweep",
-        "base": base(data, steps),
-        "space": {
-            "algorithm.lam": {"kind": "loguniform", "low": 0.05, "high": 20.0},
-            "algorithm.solver.max_iterations": {"kind": "grid", "values": [1, 3]},
-        },
-        "budget": {"trials": TRIALS},
-        "validation": {"tasks": 24},
-        **fields,
-    }
-    path = folder / "sweep.yaml"
-    path.write_text(yaml.safe_dump(raw, sort_keys=False))  # a grid goes by the order of its fields
-    return path
 
 
 def table(folder: Path) -> list[dict]:
     """The leaderboard without what a clock says."""
-    rows = json.loads((folder / "sweep.json").read_text())["trials"]
-    return [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return [{key: value for key, value in row.items() if key not in TIMES} for row in leaderboard(folder)]
 
 
 def trained_alone(path: Path, folder: Path) -> list[dict]:
@@ -86,25 +58,6 @@ def trained_alone(path: Path, folder: Path) -> list[dict]:
         rows.append({"trial": number, "status": "finished", "values": values, **found, "why": ""})
     assert len({row["accuracy"] for row in rows}) > 1, "or the comparison would show nothing"
     return rows
-
-
-def ledger(folder: Path) -> list[dict]:
-    path = folder / "ledger.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-
-
-def wait_for(condition, command: Command, timeout: float = 150) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert command.process.poll() is None, f"ended too early:\n{command.wait()}\n{command.output}"
-        assert time.monotonic() < deadline, "it did not come to that"
-        time.sleep(0.05)
-
-
-def begun(folder: Path, trial: int) -> bool:
-    """Whether a trial has taken a meta-step."""
-    metrics = folder / "trials" / f"{trial:04d}" / "metrics.jsonl"
-    return metrics.is_file() and metrics.stat().st_size > 0
 
 
 def trainer(folder: Path, trial: int) -> int:
@@ -271,7 +224,7 @@ def test_trials_that_asha_stops_leave_no_actor_no_group_and_no_reserved_cpu(data
         data,
         steps=400,
         set={"run.backend": "ray", "run.workers": 1, "validate.every": 10},
-        space={"outer.lr": {"kind": "grid", "values": [0.003, 8.0, 7.0, 9.0, 6.0]}},
+        space={"outer.lr": {"kind": "grid", "values": [LEARNS, *FAILS]}},
         searcher={"kind": "grid"},
         scheduler={"kind": "asha", "grace": 10, "reduction": 2.0},
         budget={},
@@ -290,7 +243,7 @@ def test_trials_that_asha_stops_leave_no_actor_no_group_and_no_reserved_cpu(data
         while (found := left(cluster.env)) != {"actors": [], "groups": [], "free": 2.0} and time.monotonic() < deadline:
             time.sleep(1)
         assert found == {"actors": [], "groups": [], "free": 2.0}
-    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    rows = leaderboard(tmp_path / "sweep")
     stopped = [row for row in rows if row["status"] == "stopped"]
     assert stopped and all(row["steps"] < 400 for row in stopped)
     assert rows[0]["status"] == "finished"
@@ -320,7 +273,7 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(data, tmp_path):
     code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path)
     assert code == 0, output
     assert "Traceback" not in output
-    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())["trials"]
+    rows = leaderboard(tmp_path / "sweep")
     assert [row["status"] for row in rows] == ["finished", "failed", "failed", "failed"]
     assert [row["losses"] for row in rows] == [0, 0, 1, 1]
     assert "meta-steps in a row were skipped" in rows[1]["why"]
@@ -333,34 +286,77 @@ def test_trials_that_fail_are_recorded_and_the_sweep_goes_on(data, tmp_path):
 @pytest.mark.slow
 def test_optuna_and_the_median_rule_keep_what_has_ended_through_a_kill_of_the_driver(data, tmp_path):
     pytest.importorskip("optuna", reason="optuna is not installed")
-    path = write_sweep(
+    check_kept_through_a_kill(
         tmp_path,
         data,
-        steps=60,
+        trials=7,
         space={
             "algorithm.lam": {"kind": "loguniform", "low": 0.05, "high": 20.0},
-            "outer.lr": {"kind": "choice", "values": [0.003, 9.0]},
+            "outer.lr": {"kind": "choice", "values": [LEARNS, 9.0]},
         },
         searcher={"kind": "optuna", "startup": 3},
         scheduler={"kind": "median", "grace": 9, "min_trials": 2},
         budget={"trials": 7},
     )
-    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), tmp_path / "sweep"
+
+
+@pytest.mark.slow
+def test_asha_keeps_what_has_ended_through_a_kill_of_the_driver_and_goes_on_to_stop(data, tmp_path):
+    rates = [LEARNS, *FAILS, 0.002]
+    kept = check_kept_through_a_kill(
+        tmp_path,
+        data,
+        trials=len(rates),
+        space={"outer.lr": {"kind": "grid", "values": rates}},
+        searcher={"kind": "grid"},
+        scheduler={"kind": "asha", "grace": 9, "reduction": 2.0},
+        budget={},
+    )
+    assert "stopped" in {row["status"] for row in leaderboard(tmp_path / "sweep") if row["trial"] not in kept}
+
+
+def check_kept_through_a_kill(where: Path, data: Path, trials: int, **fields) -> set[int]:
+    """The driver is killed when a trial is finished and another one is trained; the same command ends the sweep and lets trials alone
+    that had ended: each one's ledger, starts and metrics are what they were.
+
+    Returns:
+        Those that had ended.
+    """
+    path = write_sweep(where, data, steps=60, **fields)
+    words, folder = ("sweep", str(path), "--sweep-dir", "sweep"), where / "sweep"
     with ray_cluster(nodes=2) as cluster:
-        with Command(*words, cwd=tmp_path, **cluster.env) as command:
-            wait_for(lambda: sum(event["event"] == "ended" for event in ledger(folder)) >= 2, command)
+        with Command(*words, cwd=where, **cluster.env) as command:
+            wait_for(lambda: any(event.get("status") == "finished" for event in ledger(folder)), command)
+            wait_for(lambda: open_trials(folder), command)
             command.kill()
         before = ledger(folder)
-        code, output = imaml(*words, cwd=tmp_path, **cluster.env)
+        ended = [event for event in before if event["event"] == "ended"]
+        kept = [trained(folder, event) for event in ended]
+        assert 1 <= len(kept) < trials
+        code, output = imaml(*words, cwd=where, **cluster.env)
         assert code == 0, output
     events = ledger(folder)
     assert events[: len(before)] == before
-    for number in range(7):
+    for number in range(trials):
         assert [e["event"] for e in events if e["trial"] == number and e["event"] != "lost"] == ["begun", "ended"]
-    assert {row["status"] for row in json.loads((folder / "sweep.json").read_text())["trials"]} <= {
-        "finished",
-        "stopped",
-    }
+    assert [trained(folder, event) for event in ended] == kept
+    assert len(leaderboard(folder)) == trials
+    assert {row["status"] for row in leaderboard(folder)} <= {"finished", "stopped"}
+    return {event["trial"] for event in ended}
+
+
+def open_trials(folder: Path) -> set[int]:
+    """Trials that have begun and not ended."""
+    events = ledger(folder)
+    return {e["trial"] for e in events} - {e["trial"] for e in events if e["event"] == "ended"}
+
+
+def trained(folder: Path, ended: dict) -> list[str]:
+    """What a trial's run directory says of its training: all starts; and all meta-steps with their times, if it was trained to its end,
+    for one that was stopped may still be leaving."""
+    run = folder / "trials" / f"{ended['trial']:04d}"
+    files = ["starts.jsonl", "metrics.jsonl"] if ended["status"] == "finished" else ["starts.jsonl"]
+    return [(run / name).read_text() for name in files]
 
 
 @pytest.mark.slow
@@ -415,29 +411,3 @@ def mlflow_runs(folder: Path) -> list:
 
 def is_parent(run) -> bool:
     return "mlflow.parentRunId" not in run.data.tags
-
-
-def test_mlflow_has_the_sweep_above_its_trials_and_every_point_once(data, tmp_path):
-    path = write_sweep(tmp_path, data, base=base(data, STEPS) | {"tracking": {"mlflow": True}}, budget={"trials": 2})
-    code, output = imaml("sweep", str(path), "--sweep-dir", "sweep", cwd=tmp_path)
-    assert code == 0, output
-    client = MlflowClient(f"sqlite:///{tmp_path / 'mlflow.db'}")
-    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
-    assert experiment.name == "tiny", "that of the problem"
-    runs = client.search_runs([experiment.experiment_id])
-    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
-    children = [run for run in runs if run is not parent]
-    assert [run.data.tags["mlflow.parentRunId"] for run in children] == [parent.info.run_id] * 2
-    assert {run.info.status for run in runs} == {"FINISHED"}
-    found = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    assert parent.data.metrics["best/val_accuracy"] == found["trials"][found["best"]]["accuracy"]
-    assert parent.data.metrics["trials/finished"] == 2
-    assert parent.data.params["space.algorithm.lam.low"] == "0.05"
-    assert {file.path for file in client.list_artifacts(parent.info.run_id)} >= {
-        "sweep.json",
-        "best.yaml",
-        "report.html",
-    }
-    for child in children:
-        history = client.get_metric_history(child.info.run_id, "meta/loss")
-        assert sorted(point.step for point in history) == list(range(STEPS))
