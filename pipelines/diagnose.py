@@ -11,7 +11,7 @@ from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process
 from imaml_dist.distributed.build_algorithm import make_algorithm
 from imaml_dist.errors import ConfigError
-from imaml_dist.training.diagnosis import DIRECTIONS, LANCZOS_STEPS, Reference, diagnose
+from imaml_dist.training.diagnosis import DIRECTIONS, LANCZOS_STEPS, Reference, System, diagnose
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.schedule import ResidualCap
 from imaml_dist.training.state import updates_of
@@ -23,7 +23,8 @@ ROWS = {
     "stationarity of the inner solve": "stationarity",
     "distance from theta to phi": "distance",
     "smallest Ritz value of H + Lambda": "smallest",
-    "largest": "largest",
+    "within which of it an eigenvalue lies": "smallest_bound",
+    "largest Ritz value": "largest",
     "smallest Ritz value of Gauss-Newton + Lambda": "gauss_newton_smallest",
     "largest of it": "gauss_newton_largest",
     "iterations of the linear solver": "iterations",
@@ -37,9 +38,11 @@ ROWS = {
 
 LEFT_OUT = {
     Reference.EXCLUDED: "the run itself excludes them",
-    Reference.UNSOLVED: "the reference solve did not end at a stationary point, as at a kink",
-    Reference.INDEFINITE: "H + Lambda is not positive definite at the stationary point found",
-    Reference.NO_DERIVATIVE: "central differences of two sizes disagree",
+    Reference.UNSOLVED: "the reference solve ended before a stationary point, at a kink or with its products spent",
+    Reference.NO_MINIMISER: "H + Lambda is not positive definite at the stationary point found",
+    Reference.MOVED_UNSOLVED: "an inner solve at a moved theta ended before a stationary point, at a kink or with its products spent",
+    Reference.FLAT: "the query loss does not change with theta",
+    Reference.NO_DERIVATIVE: "central differences of two sizes, or of two exactnesses of the inner solve, disagree",
 }
 
 
@@ -108,6 +111,8 @@ def _show(name: str, summary: dict[str, Any], said: str) -> None:
         known = summary[fact]["tasks"] > 0
         table.add_row(title, *(f"{summary[fact][key]:.3g}" if known else "-" for key in ("p5", "median", "p95")))
     out.print(table)
+    shares = ", ".join(f"{kind.value.replace('_', ' ')} {counts[kind]}" for kind in System)
+    out.print(f"H + Lambda: {shares}", soft_wrap=True)
     solves = ", ".join(f"{solve.lower().replace('_', ' ')} {n}" for solve, n in counts["solves"].items())
     out.print(f"linear solves ended by: {solves or '-'}", soft_wrap=True)
     for kind, why in LEFT_OUT.items():

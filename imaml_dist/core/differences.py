@@ -11,9 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from imaml_dist.core.curvature import Objective
-from imaml_dist.core.inner.newton_cg import newton_cg
+from imaml_dist.core.curvature import Objective, linearise_hessian
+from imaml_dist.core.inner.newton_cg import ROUNDING, newton_cg
 from imaml_dist.core.inner.problem import InnerProblem
+from imaml_dist.core.linear.solution import dot
 from imaml_dist.core.proximal.protocol import Proximal
 
 GOAL = 1e-7
@@ -22,29 +23,36 @@ GOAL = 1e-7
 ENOUGH = 1e-5
 """The same, above which such a solve has failed, and its quotient is nan."""
 
-NEWTON_STEPS, ROUNDS = 10, 16
-"""Newton steps of a round, and rounds of an inner solve, at most."""
+NEWTON_STEPS, FEWEST, ROUNDS = 10, 3, 16
+"""Newton steps of the first round and, where a step costs more products, of a later one; rounds of an inner solve, at most."""
 
-CG_ITERATIONS, DOUBLINGS = 60, 2
-"""Products for each Newton direction in the first round, and how often they are doubled from round to round: on the way a rough
-direction does, at the end of an ill-conditioned solve it does not."""
+CG_ITERATIONS, DOUBLINGS = 60, 4
+"""Products for each Newton direction in the first round, and how often they are doubled at most: on the way a rough direction
+does, at the end of an ill-conditioned solve it does not."""
 
-SLOWEST, PATIENCE = 1e-2, 2
-"""Relative fall of G in a round, below which it was idle unless it halved the gradient, and idle rounds in a row that end the solve."""
+SLOWEST, PROMISE, PATIENCE = 1e-2, 0.25, 2
+"""Relative fall of G in a round, and its part of what one step of steepest descent is promised, either of which is progress; idle
+rounds in a row that end the solve."""
+
+POLISH = 1
+"""Doublings of the products of the last Newton step at a moved theta, which shows what the solve before it had left."""
 
 
 @dataclass(frozen=True)
 class Quotients:
-    """Central differences along k directions.
+    """Central differences along k directions; nan where an inner solve failed.
 
     Attributes:
-        values: `[k]`, `(F(theta + h d) - F(theta - h d)) / 2h` with the smaller of two h; nan where an inner solve failed.
-        wide: `[k]`, the same with twice that h. Where F has a derivative the two differ by about `h^2`: their distance is the
-            differences' own error.
+        values: `[k]`, `(F(theta + h d) - F(theta - h d)) / 2h` with the smaller of two h.
+        wide: `[k]`, the same with twice that h. Where F has a derivative the two differ by about `h^2`.
+        rough: `[k]`, as `values`, before the last Newton step of the inner solves. It shows their bias, to which h and 2h are
+            blind: a residual that is proportional to the move changes both alike. What neither the solve nor that step reaches,
+            as in a spectrum too wide for their products, none of the three shows.
     """
 
     values: Tensor
     wide: Tensor
+    rough: Tensor
 
 
 def nearby_minimiser(
@@ -52,8 +60,13 @@ def nearby_minimiser(
 ) -> tuple[Tensor, Tensor]:
     """A stationary point of `G(phi) = L(phi) + 1/2 (phi - theta)' Lambda (phi - theta)` reached downhill from a start.
 
-    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. It gives up after two rounds that
-    neither halved a task's gradient nor lowered its G, as at a kink of L.
+    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. A round that leaves more than a tenth
+    of the gradient doubles the products of the next one's directions, and gives it fewer of them.
+
+    It gives up after two rounds in which no unsolved task made progress. Progress is a gradient halved, a G lower by 1 %, or by a
+    quarter of what the quadratic model promises to one step of steepest descent, `||g||^4 / 2 g'(H + Lambda)g`: on a smooth
+    G near its minimum a round of Newton-CG does that, ill-conditioned as it may be, and at a kink none does, where the gradient stays
+    large and the model is false. Where the promise is below the rounding of G nothing is asked until the products are at their most.
 
     Args:
         objective: L, `[T, P] -> [T]`, twice differentiable.
@@ -68,34 +81,49 @@ def nearby_minimiser(
     """
     inner = InnerProblem(objective, anchor, proximal)
 
-    def size(phi: Tensor) -> Tensor:
-        norm: Tensor = torch.linalg.vector_norm(inner.loss_and_gradient(phi)[1], dim=-1)
-        return norm
+    def seen(phi: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Norm of grad G, G, and what steepest descent is promised."""
+        losses, gradient, curvature = inner.linearised(phi, lambda at: linearise_hessian(objective, at))
+        bend = dot(gradient, proximal.add_to(curvature(gradient), gradient))
+        squared = dot(gradient, gradient)
+        promise = torch.where(bend > 0, 0.5 * squared * (squared / bend), torch.inf)
+        return squared.sqrt(), inner.total(losses, phi), promise
 
-    def total(phi: Tensor) -> Tensor:
-        with torch.no_grad():
-            return inner.total(objective(phi), phi)
-
-    phi, left, value = start, size(start), total(start)
-    first, idle = left, 0
-    for round_ in range(ROUNDS):
+    phi = start
+    left, value, promise = seen(start)
+    first, doublings, idle = left, 0, 0
+    for _ in range(ROUNDS):
         if not bool((left > goal).any()):
             break
-        phi = newton_cg(
-            lambda at: inner.total(objective(at), at),
-            phi,
-            steps=NEWTON_STEPS,
-            cg_iterations=min(CG_ITERATIONS << min(round_, DOUBLINGS), phi.shape[1]),
-            tolerance=float(torch.nan_to_num(goal / left, nan=0.5).min().clamp(max=0.5)),
-            damping=damping * float(torch.nan_to_num(left / first, nan=1.0).max()),
-        ).params
-        left_before, left = left, size(phi)
-        value_before, value = value, total(phi)
-        better = (left < left_before / 2) | (value < value_before - SLOWEST * value_before.abs())
-        idle = 0 if bool(better.any()) else idle + 1
+        steps = max(NEWTON_STEPS >> doublings, FEWEST)
+        tolerance = float(torch.nan_to_num(goal / left, nan=0.5).min().clamp(max=0.5))
+        strength = damping * float(torch.nan_to_num(left / first, nan=1.0).max())
+        phi = _newton(inner, phi, steps, doublings, tolerance, strength)
+        (left_before, value_before, promised), (left, value, promise) = (left, value, promise), seen(phi)
+
+        fall, noise = value_before - value, ROUNDING * torch.finfo(value.dtype).eps * value.abs()
+        better = (left < left_before / 2) | (fall > SLOWEST * value_before.abs())
+        better |= torch.where(promised > noise, fall > PROMISE * promised, doublings < DOUBLINGS)
+        idle = 0 if bool((better & (left > goal)).any()) else idle + 1
         if idle == PATIENCE:
             break
+        if bool((left > left_before / 10).any()):
+            doublings = min(doublings + 1, DOUBLINGS)
     return phi, left
+
+
+def _newton(
+    inner: InnerProblem, phi: Tensor, steps: int, doublings: int, tolerance: float = 0.0, damping: float = 0.0
+) -> Tensor:
+    """Newton-CG on G from phi `[T, P]`."""
+    return newton_cg(
+        lambda at: inner.total(inner.objective(at), at),
+        phi,
+        steps=steps,
+        cg_iterations=min(CG_ITERATIONS, phi.shape[1]) << doublings,
+        tolerance=tolerance,
+        damping=damping,
+    ).params
 
 
 def central_differences(
@@ -132,10 +160,13 @@ def central_differences(
         raise ValueError(f"need step > 0 and at_once >= 1, got {step} and {at_once}")
     steps = torch.tensor([-step, step, -step / 2, step / 2], dtype=anchor.dtype, device=anchor.device)
     moves = (steps[:, None, None] * directions).flatten(0, 1)
-    values = torch.cat(
-        [_moved(support_loss, query_loss, anchor, solution, some, proximal) for some in torch.split(moves, at_once)]
-    ).reshape(4, -1)
-    return Quotients(values=(values[3] - values[2]) / step, wide=(values[1] - values[0]) / (2 * step))
+    parts = [_moved(support_loss, query_loss, anchor, solution, some, proximal) for some in torch.split(moves, at_once)]
+    rough, values = torch.cat(parts, dim=1).reshape(2, 4, -1)
+    return Quotients(
+        values=(values[3] - values[2]) / step,
+        wide=(values[1] - values[0]) / (2 * step),
+        rough=(rough[3] - rough[2]) / step,
+    )
 
 
 def _moved(
@@ -146,9 +177,10 @@ def _moved(
     moves: Tensor,
     proximal: Proximal,
 ) -> Tensor:
-    """`F(theta + move)` for moves `[R, P]`, `[R]`; nan where the inner solve failed."""
+    """`F(theta + move)` for moves `[R, P]` where the inner solve ends, and a Newton step later: `[2, R]`; nan where it failed."""
     pull = torch.linalg.vector_norm(proximal.apply(moves), dim=-1)
-    start = solution.expand_as(moves)
-    phi, left = nearby_minimiser(support_loss, anchor + moves, start, GOAL * pull, proximal=proximal, damping=0.0)
+    moved, start = anchor + moves, solution.expand_as(moves)
+    phi, left = nearby_minimiser(support_loss, moved, start, GOAL * pull, proximal=proximal, damping=0.0)
+    polished = _newton(InnerProblem(support_loss, moved, proximal), phi, 1, POLISH)
     with torch.no_grad():
-        return torch.where(left <= ENOUGH * pull, query_loss(phi), torch.nan)
+        return torch.where(left <= ENOUGH * pull, torch.stack([query_loss(phi), query_loss(polished)]), torch.nan)

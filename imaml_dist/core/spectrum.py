@@ -19,12 +19,14 @@ class Ritz:
     """Extreme Ritz values of T operators, one `[T]` tensor per fact; nan where a task's numbers were not finite.
 
     A Ritz value is never outside of the spectrum: `smallest` is at least the smallest eigenvalue, `largest` at most the
-    largest. So a negative `smallest` proves that the operator is not positive definite; a positive one makes it likely, as
-    likely as the start has a part along every eigenvector and the steps suffice.
+    largest. So a `smallest` that is negative beyond rounding proves that the operator is not positive definite. A positive one alone
+    says nothing: eigenvalues below it may be yet to be found. With a bound smaller than itself it has found a positive eigenvalue,
+    and that this is the smallest is as likely as the start has a part along every eigenvector.
 
     Attributes:
         smallest, largest: the Ritz values.
         smallest_bound, largest_bound: `|beta_k s_k|`, within which of the Ritz value an eigenvalue lies.
+        rounding: what products and sums in the type may have added to a Ritz value.
         steps: int64, the dimension of the Krylov space; less than asked for where it is invariant, and the bounds then about 0.
     """
 
@@ -32,7 +34,18 @@ class Ritz:
     largest: Tensor
     smallest_bound: Tensor
     largest_bound: Tensor
+    rounding: Tensor
     steps: Tensor
+
+    @property
+    def positive(self) -> Tensor:
+        """Operators that are positive definite as far as the steps can tell, `smallest - smallest_bound > rounding`: `[T]` bool."""
+        return self.smallest - self.smallest_bound > self.rounding
+
+    @property
+    def not_positive(self) -> Tensor:
+        """Operators that are proved not to be positive definite, `smallest < -rounding`: `[T]` bool."""
+        return self.smallest < -self.rounding
 
 
 def lanczos(matvec: Matvec, start: Tensor, steps: int) -> Ritz:
@@ -92,7 +105,7 @@ def lanczos(matvec: Matvec, start: Tensor, steps: int) -> Ritz:
     nothing = start.new_full((4,), torch.nan)
     table = torch.stack([nothing if found is None else found for found in ends])
     smallest, largest, smallest_bound, largest_bound = table.unbind(1)
-    return Ritz(smallest, largest, smallest_bound, largest_bound, taken)
+    return Ritz(smallest, largest, smallest_bound, largest_bound, rounding * scale, taken)
 
 
 def _within(basis: Tensor, w: Tensor) -> Tensor:

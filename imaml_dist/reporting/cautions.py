@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from imaml_dist.config.algorithm import IMAMLConfig
 from imaml_dist.reporting.drawing import finite
 from imaml_dist.reporting.reading import OUTCOMES
 from imaml_dist.training.verdict import FIRST_ORDER, STATIONARY, UNSOLVED
@@ -16,6 +17,16 @@ MOST = 0.5
 
 EXCLUDED = 0.01
 """Share of the tasks that may be excluded."""
+
+SOLVED = 0.1
+"""Residual up to which the linear system counts as solved; from there to `UNSOLVED` it is neither praised nor warned of."""
+
+FIGURES = {
+    "stationarity": "stationarity",
+    "cg_residual": "residual of the linear solve",
+    "cosine": "cosine to the first-order gradient",
+}
+"""Without any one of these nobody can say that all is well."""
 
 ALL_WELL = (
     "By these figures it is one: the inner problem is solved, the linear system too, and the curvature turns the gradient. "
@@ -46,7 +57,7 @@ def cautions(records: Sequence[Mapping[str, Any]]) -> list[Caution] | None:
     Args:
         records: of `metrics.jsonl`, in order of step.
     """
-    late = records[-max(1, len(records) // 10) :]
+    late = _last(records)
     stationarity, residual, cosine = (_median(late, key) for key in ("stationarity", "cg_residual", "cosine"))
     solves = sum(_sum(late, key) for key in OUTCOMES)
     if stationarity is None and residual is None and not solves:
@@ -99,12 +110,65 @@ def cautions(records: Sequence[Mapping[str, Any]]) -> list[Caution] | None:
     return found
 
 
+def all_well(records: Sequence[Mapping[str, Any]]) -> str:
+    """What is said where `cautions` has found none: that all is well, or why that is more than the figures say."""
+    if missing := _missing(records):
+        return (
+            f"No figure warns, but there are too few of them to call it one: {', '.join(missing)}, not recorded in at least half of the "
+            "last steps. imaml diagnose measures its error."
+        )
+    residual = _median(_last(records), "cg_residual")
+    if residual is not None and residual > SOLVED:
+        return (
+            "No figure warns: the inner problem is solved, and the curvature turns the gradient. But the linear system is solved "
+            f"roughly at best (residual {residual:.2g}, solved is at most {SOLVED}). imaml diagnose measures the error of the gradient."
+        )
+    return ALL_WELL
+
+
+def approximation(algorithm: IMAMLConfig) -> str:
+    """Of what a run's gradient can at best be the implicit one, where its system is not `H + Lambda`; empty where it is."""
+    solver = algorithm.solver
+    parts = []
+    if solver.kind == "dual" or solver.operator == "gauss_newton":
+        parts.append("the Gauss-Newton matrix, positive semi-definite, stands in for the Hessian")
+    if solver.damping:
+        parts.append(f"solver.damping adds {solver.damping:g} to the diagonal")
+    if algorithm.lam_offset:
+        parts.append(f"lam_offset adds {algorithm.lam_offset:g} to lambda")
+    if algorithm.reference_inner:
+        parts.append("the inner problem that is descended has no proximal term")
+    if not parts:
+        return ""
+    return (
+        f"In the linear system of this run {', and '.join(parts)}: at best its gradient is the implicit gradient of that approximation, "
+        "not of the inner problem itself."
+    )
+
+
 def in_short(records: Sequence[Mapping[str, Any]]) -> str:
     """One line for a table."""
     found = cautions(records)
     if found is None:
         return "-"
+    if not found and (missing := _missing(records)):
+        return f"no warning, but not recorded: {', '.join(missing)}"
     return "; ".join(caution.short for caution in found) or "no warning"
+
+
+def _last(records: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The last tenth."""
+    return records[-max(1, len(records) // 10) :]
+
+
+def _missing(records: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the figures that at least half of the last tenth's steps have not, or not as a finite number."""
+    late = _last(records)
+    return [
+        name
+        for key, name in FIGURES.items()
+        if 2 * sum(finite(record.get(key)) is not None for record in late) <= len(late)
+    ]
 
 
 def _median(records: Sequence[Mapping[str, Any]], key: str) -> float | None:

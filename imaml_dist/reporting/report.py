@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from markupsafe import Markup
 
-from imaml_dist.errors import InputError
+from imaml_dist.config.algorithm import IMAMLConfig
+from imaml_dist.config.load import load_config
+from imaml_dist.errors import ConfigError, InputError
 from imaml_dist.reporting import drawing, figures
-from imaml_dist.reporting.cautions import ALL_WELL, cautions
+from imaml_dist.reporting.cautions import all_well, approximation, cautions
 from imaml_dist.reporting.learned import COLOURS, learned_curves, read_learned
 from imaml_dist.reporting.page import draw, duration, percent, render
 from imaml_dist.reporting.reading import (
@@ -73,7 +75,8 @@ def write_report(run: Path) -> Path:
         histogram=_histogram(trained, untrained, head["way"], evaluation),
         honesty=_honesty(records) if head["kind"] != "fomaml" else [],
         cautions=cautions(records) if head["kind"] == "imaml" else None,
-        all_well=ALL_WELL,
+        all_well=all_well(records),
+        approximation=_approximation(path),
         outcomes=_outcomes(records),
         scheduled=[
             {
@@ -135,6 +138,14 @@ def _honesty(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
             drawn = draw(figures.diagnostic_curve(records, key, log), key)
             panels.append({"title": title, "late": f"{late:.3g}", "reading": reading, "figure": drawn})
     return panels
+
+
+def _approximation(path: Path) -> str:
+    try:
+        algorithm = load_config(path).algorithm
+    except ConfigError as error:  # as of another version's run, whose figures can be drawn all the same
+        return f"Which curvature and which damping its linear system has is not known, for config.yaml cannot be read ({error})."
+    return approximation(algorithm) if isinstance(algorithm, IMAMLConfig) else ""
 
 
 def _outcomes(records: list[dict[str, Any]]) -> Markup | None:

@@ -38,10 +38,28 @@ SOLVED = 1e-6
 """... and the one that counts as solved; a network with kinks may have no point below it."""
 
 AGREE = 0.1
-"""Relative distance of the two step sizes' differences, above which there is no derivative to compare with."""
+"""Relative error of the differences, above which there is no derivative to compare with."""
 
 STEP = 1e-4
 """Length of the larger move of theta, in units of `||phi* - theta||`."""
+
+
+class System(StrEnum):
+    """What the Ritz values say of `H + Lambda` at phi."""
+
+    POSITIVE_DEFINITE = "positive_definite"
+    """The smallest one, less its bound, is above rounding: an eigenvalue lies there, and none was found below it."""
+    NOT_POSITIVE_DEFINITE = "not_positive_definite"
+    """The smallest one is negative beyond rounding, which proves it."""
+    UNDECIDED = "undecided"
+    """Neither, or there is no system."""
+
+    @staticmethod
+    def of(found: Ritz) -> System:
+        """Of a single task."""
+        if bool(found.positive):
+            return System.POSITIVE_DEFINITE
+        return System.NOT_POSITIVE_DEFINITE if bool(found.not_positive) else System.UNDECIDED
 
 
 class Reference(StrEnum):
@@ -52,10 +70,14 @@ class Reference(StrEnum):
     """The run itself leaves such a task out of the mean (`outcome` says why)."""
     UNSOLVED = "unsolved"
     """No `phi*` was found with a stationarity of at most `SOLVED`."""
-    INDEFINITE = "indefinite"
-    """`H + Lambda` is not positive definite at the stationary point that was found, so that it is no minimiser."""
+    NO_MINIMISER = "no_minimiser"
+    """`H + Lambda` is proved not to be positive definite at the stationary point that was found."""
+    MOVED_UNSOLVED = "moved_unsolved"
+    """An inner solve at a moved theta failed."""
+    FLAT = "flat"
+    """All differences are zero, so that there is nothing that an error could be relative to."""
     NO_DERIVATIVE = "no_derivative"
-    """The two step sizes disagree by more than `AGREE`, an inner solve at a moved theta failed, or all differences are zero."""
+    """`difference_error` is above `AGREE`."""
 
 
 @dataclass(frozen=True)
@@ -68,6 +90,7 @@ class TaskDiagnosis:
         stationarity: `||grad G(phi)|| / ||grad G(theta)||` where the run's inner solver ends.
         distance: `||phi - theta||`.
         smallest, largest: Ritz values of `H + Lambda` at phi, and within which bound of each an eigenvalue lies.
+        system: what they say.
         gauss_newton_smallest, gauss_newton_largest: Ritz values of the Gauss-Newton matrix + Lambda.
         solve: name of the linear solver's `Outcome`.
         iterations, residual: of that solve.
@@ -76,8 +99,10 @@ class TaskDiagnosis:
         reference_stationarity: the one that `phi*` reached.
         reference_distance: `||phi - phi*|| / ||phi* - theta||`.
         reference_smallest: smallest Ritz value of `H + Lambda` at `phi*`.
-        error: `sqrt(mean_k (d'g - q_k)^2 / mean_k q_k^2)` over random directions d, q the central differences.
-        difference_error: the same between the differences of the two step sizes: how exact q is.
+        error: `sqrt(mean_k (d'g - q_k)^2 / mean_k q_k^2)` over random directions d, q the central differences. It estimates
+            `||g - g*|| / ||g*||`, with `DIRECTIONS` = 4 of them to a factor of about two.
+        difference_error: the same between q and the differences of twice the step, or those before the last Newton step of the
+            inner solves, whichever is larger: how exact q is, as far as these can show (`core.differences.Quotients`).
     """
 
     task: int
@@ -88,6 +113,7 @@ class TaskDiagnosis:
     smallest_bound: float = math.nan
     largest: float = math.nan
     largest_bound: float = math.nan
+    system: System = System.UNDECIDED
     gauss_newton_smallest: float = math.nan
     gauss_newton_largest: float = math.nan
     solve: str | None = None
@@ -165,6 +191,7 @@ def _diagnosed(learner: MetaLearner, algorithm: IMAML, episode: EpisodeBatch) ->
         smallest_bound=float(hessian.smallest_bound),
         largest=float(hessian.largest),
         largest_bound=float(hessian.largest_bound),
+        system=System.of(hessian),
         gauss_newton_smallest=float(gauss_newton.smallest),
         gauss_newton_largest=float(gauss_newton.largest),
         solve=Outcome(int(record.cg_outcome)).name,
@@ -202,8 +229,8 @@ def _compared(
     )
     if not reached <= SOLVED:
         return replace(diagnosis, reference=Reference.UNSOLVED)
-    if not diagnosis.reference_smallest > 0:
-        return replace(diagnosis, reference=Reference.INDEFINITE)
+    if System.of(system) is System.NOT_POSITIVE_DEFINITE:
+        return replace(diagnosis, reference=Reference.NO_MINIMISER)
     directions = random[1:]
     found = central_differences(
         _rows(problem, "support"),
@@ -215,8 +242,12 @@ def _compared(
         proximal=proximal,
         at_once=at_once,
     )
-    own = _relative(found.wide, found.values)
-    if not own <= AGREE:
+    if not bool(torch.stack([found.values, found.wide, found.rough]).isfinite().all()):
+        return replace(diagnosis, reference=Reference.MOVED_UNSOLVED)
+    if not bool(found.values.any()):
+        return replace(diagnosis, reference=Reference.FLAT)
+    own = max(_relative(found.wide, found.values), _relative(found.rough, found.values))
+    if own > AGREE:
         return replace(diagnosis, reference=Reference.NO_DERIVATIVE, difference_error=own)
     error = _relative(directions @ gradient, found.values)
     return replace(diagnosis, reference=Reference.COMPARED, error=error, difference_error=own)
@@ -242,9 +273,8 @@ def _extremes(curvature: Matvec, proximal: Proximal, start: Tensor) -> Ritz:
 
 
 def _relative(guess: Tensor, truth: Tensor) -> float:
-    """`||guess - truth|| / ||truth||`; nan where the truth is zero."""
-    size = float(torch.linalg.vector_norm(truth))
-    return float(torch.linalg.vector_norm(guess - truth)) / size if size else math.nan
+    """`||guess - truth|| / ||truth||`, truth not zero."""
+    return float(torch.linalg.vector_norm(guess - truth) / torch.linalg.vector_norm(truth))
 
 
 def _random(key: int, rows: int, like: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from imaml_dist.training.diagnosis import Reference, TaskDiagnosis
+from imaml_dist.training.diagnosis import Reference, System, TaskDiagnosis
 
 STATIONARY = 0.05
 """Stationarity up to which the inner problem counts as solved."""
@@ -29,6 +29,7 @@ FACTS = (
     "stationarity",
     "distance",
     "smallest",
+    "smallest_bound",
     "largest",
     "gauss_newton_smallest",
     "gauss_newton_largest",
@@ -46,14 +47,14 @@ def summarised(found: Sequence[TaskDiagnosis]) -> dict[str, Any]:
     """Quantiles of every fact over the tasks that have it, and counts of tasks.
 
     Returns:
-        `{fact: {tasks, p5, median, p90, p95}, ..., counts: {tasks, stationary, positive_definite, outcomes: {name: n},
-        solves: {name: n}, references: {name: n}}}`. A quantile over no task is nan; a task without a number is in no quantile and
-        counts neither as stationary nor as positive definite.
+        `{fact: {tasks, p5, median, p90, p95}, ..., counts: {tasks, stationary, positive_definite, not_positive_definite, undecided,
+        outcomes: {name: n}, solves: {name: n}, references: {name: n}}}`. A quantile over no task is nan; a task without a number is
+        in no quantile, does not count as stationary, and is undecided.
     """
     counts = {
         "tasks": len(found),
         "stationary": sum(task.stationarity <= STATIONARY for task in found),
-        "positive_definite": sum(task.smallest > 0 for task in found),
+        **{kind.value: sum(task.system is kind for task in found) for kind in System},
         "outcomes": _counted([task.outcome for task in found]),
         "solves": _counted([task.solve for task in found if task.solve is not None]),
         "references": {kind.value: sum(task.reference is kind for task in found) for kind in Reference},
@@ -66,12 +67,16 @@ def verdict(summary: dict[str, Any]) -> str:
     """One sentence: whether it is an implicit gradient, by how much not, and on what that rests."""
     counts, error, cosine = summary["counts"], summary["error"], summary["cosine"]["median"]
     tasks, compared = counts["tasks"], counts["references"][Reference.COMPARED]
+    positive, not_positive, undecided = (_share(counts[kind], tasks) for kind in System)
     said = [
         f"stationarity <= {STATIONARY} on {_share(counts['stationary'], tasks)} of tasks",
-        f"H + Lambda positive definite on {_share(counts['positive_definite'], tasks)}",
+        f"H + Lambda positive definite on {positive}, proved not to be on {not_positive}, undecided on {undecided}",
     ]
     if compared:
-        said.append(f"median error of the meta-gradient {error['median']:.2g} (90% of tasks: <= {error['p90']:.2g})")
+        said.append(
+            f"median error of the meta-gradient {error['median']:.2g} over the {compared} of {tasks} tasks that can be compared "
+            f"(90% of these: <= {error['p90']:.2g})"
+        )
     if 2 * compared < tasks:
         end = (
             f"central differences exist for {compared} of {tasks} tasks only, so for most tasks nobody can say what the implicit "

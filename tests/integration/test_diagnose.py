@@ -7,6 +7,9 @@ import pytest
 from helpers.command import imaml, imaml_here
 from helpers.runs import write_config
 
+from imaml_dist.training.diagnosis import Reference
+from pipelines.diagnose import LEFT_OUT
+
 SMOOTH = (
     "from torch import nn\n"
     "def make(image_shape, way):\n"
@@ -52,7 +55,12 @@ def test_a_run_solved_exactly_has_the_implicit_gradient(folder):
         assert task["smallest"] > 0 and task["gauss_newton_smallest"] == pytest.approx(0.5, rel=1e-6)
         assert task["stationarity"] <= 1e-8, "in float64, whatever the run itself was trained in"
     assert result["summary"]["counts"]["references"]["compared"] == 3
+    assert "H + Lambda: positive definite 3, not positive definite 0, undecided 0" in output
     assert "relative error of the meta-gradient" in output and "linear solves ended by: converged 3" in output
+
+
+def test_every_reason_to_leave_a_task_out_has_a_sentence():
+    assert set(LEFT_OUT) == set(Reference) - {Reference.COMPARED} and len(set(LEFT_OUT.values())) == len(LEFT_OUT)
 
 
 def test_it_is_the_same_again_and_takes_a_split_of_ones_choice(folder):

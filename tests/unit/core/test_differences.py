@@ -64,6 +64,51 @@ def test_the_minimiser_is_found_from_afar_for_every_task_and_any_lambda():
     assert (left <= goal).all()
 
 
+@pytest.mark.parametrize("bent", [0.0, 1.0])
+def test_a_smooth_convex_problem_of_condition_1e7_is_solved(bent):
+    size = 300
+    basis = torch.linalg.qr(_draw(size, size, seed=1)).Q
+    scale, pull = torch.logspace(0, 3.5, size, dtype=torch.float64), _draw(size, seed=2)
+
+    def loss(phi):
+        z = phi @ basis
+        s = scale * z
+        return (0.5 * s**2 - pull * z + bent * torch.nn.functional.softplus(s)).sum(-1)
+
+    zero = torch.zeros(1, size, dtype=torch.float64)
+    goal = 1e-8 * (pull - bent * scale / 2).norm()[None]
+    _, left = nearby_minimiser(loss, zero, zero, goal, proximal=ScalarProximal(1.0), damping=1.0)
+    assert (left <= goal).all()
+
+
+def test_the_bias_of_a_truncated_inner_solve_shows_where_two_steps_agree():
+    """Lambda from 1e-3 to 1e3: a small residual of the whole hides a large one along what Lambda hardly holds."""
+    size = 20
+    strength = torch.logspace(-3, 3, size, dtype=torch.float64)
+    basis = torch.linalg.qr(_draw(size, size, seed=3)).Q
+    hessian = basis @ torch.diag(torch.logspace(-3, 1, size, dtype=torch.float64)) @ basis.mT
+    pull, target, theta = (_draw(size, seed=seed) for seed in (4, 6, 8))
+    best, directions = (
+        torch.linalg.solve(hessian + torch.diag(strength), pull + strength * theta),
+        _draw(4, size, seed=9),
+    )
+    found = central_differences(
+        lambda p: 0.5 * torch.einsum("ti,ij,tj->t", p, hessian, p) - p @ pull,
+        lambda p: 0.5 * ((p - target) ** 2).sum(-1),
+        theta,
+        best,
+        directions,
+        1e-4,
+        proximal=DiagonalProximal(strength),
+    )
+    truth = directions @ (strength * torch.linalg.solve(hessian + torch.diag(strength), best - target))
+    bias, seen, left = (float((a - b).norm() / truth.norm()) for a, b in (
+        (found.rough, truth), (found.rough, found.values), (found.values, truth)
+    ))  # fmt: skip
+    assert bias > 1e-6 and seen == pytest.approx(bias, rel=0.1)
+    assert left < 1e-3 * seen
+
+
 def test_where_the_minimiser_is_a_kink_it_is_said():
     def kinked(phi):
         return 5 * phi.abs().sum(-1)

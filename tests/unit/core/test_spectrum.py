@@ -52,6 +52,23 @@ def test_fifty_steps_find_the_ends_of_a_few_shot_systems_spectrum():
     assert float(found.largest) == pytest.approx(float(rotated.max()), rel=1e-9)
 
 
+def test_a_positive_ritz_value_is_no_positive_definite_operator():
+    """Two negative eigenvalues among twenty thousand that fifty steps do not see: the bound tells that they cannot."""
+    spectrum = torch.cat([torch.logspace(-2, 3, 20000, dtype=torch.float64), torch.tensor([-0.3, -0.1])])
+    found = lanczos(lambda v: spectrum * v, _draw(1, len(spectrum)), 50)
+    assert 0 < float(found.smallest) < float(found.smallest_bound)
+    assert not bool(found.positive) and not bool(found.not_positive)
+
+
+def test_what_is_decided_is_decided_beyond_rounding_alone():
+    matrices = _stacked(torch.linspace(0.1, 40, 30), INDEFINITE, LOW_RANK)
+    matrices = torch.cat([matrices, torch.full((1, 30, 30), torch.nan)])
+    found = lanczos(matvec_of(matrices), _draw(4, 30), 30)
+    assert found.positive.tolist() == [True, False, False, False]
+    assert found.not_positive.tolist() == [False, True, False, False]
+    assert 0 <= float(found.smallest[2].abs()) <= float(found.rounding[2]) < 1e-10
+
+
 def test_an_invariant_space_ends_it_early():
     spectra = (torch.cat([torch.full((25,), 2.0), torch.tensor([-1.0, 9.0])]), torch.full((27,), 3.0))
     found = lanczos(matvec_of(_stacked(*spectra)), _draw(2, 27), 20)

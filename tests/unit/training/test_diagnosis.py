@@ -9,8 +9,10 @@ from torch import nn
 
 from imaml_dist import FOMAML, IMAML, ConjugateGradient, EpisodeBatch, GradientDescent, MetaLearner, NewtonCG
 from imaml_dist.algorithms.strength import ProximalStrength
+from imaml_dist.core import differences
 from imaml_dist.errors import InputError
-from imaml_dist.training.diagnosis import Reference, TaskDiagnosis, diagnose
+from imaml_dist.training import diagnosis
+from imaml_dist.training.diagnosis import Reference, System, TaskDiagnosis, diagnose
 from imaml_dist.training.verdict import FACTS, summarised, verdict
 
 EXACT_INNER = NewtonCG(steps=40, cg_iterations=60, operator="hessian", tolerance=1e-13)
@@ -59,7 +61,10 @@ def test_solved_exactly_it_is_the_implicit_gradient(execution):
         assert task.gauss_newton_smallest == pytest.approx(0.3, rel=1e-9)  # 67 parameters, 18 outputs
         assert task.reference_smallest == pytest.approx(task.smallest, rel=1e-6)
     said = verdict(summarised(found))
-    assert "stationarity <= 0.05 on 100% of tasks; H + Lambda positive definite on 100%" in said
+    assert (
+        "stationarity <= 0.05 on 100% of tasks; H + Lambda positive definite on 100%, proved not to be on 0%, undecided on 0%"
+        in said
+    )
     assert said.endswith("this is the implicit gradient.")
 
 
@@ -106,6 +111,27 @@ def test_where_minimisers_lie_on_kinks_nothing_is_compared_and_it_is_said():
     assert f"central differences exist for 0 of {len(unsolved)} tasks only" in verdict(summary)
 
 
+class Deaf(nn.Linear):
+    """A network that does not listen to its parameters."""
+
+    def forward(self, x):
+        return super().forward(x) * 0.0
+
+
+@pytest.mark.parametrize("why", [Reference.FLAT, Reference.MOVED_UNSOLVED, Reference.NO_DERIVATIVE])
+def test_every_reason_against_the_differences_has_its_name(why, monkeypatch):
+    subject = learner()
+    if why is Reference.FLAT:
+        subject = MetaLearner(Deaf(4, 3).double(), IMAML(0.3, EXACT_INNER, EXACT_SOLVE))
+    elif why is Reference.MOVED_UNSOLVED:
+        monkeypatch.setattr(differences, "ENOUGH", 0.0)  # so that no inner solve is exact enough
+    else:
+        monkeypatch.setattr(diagnosis, "AGREE", 0.0)  # nor any difference
+    (found,) = diagnose(subject, Noise(), 1)
+    assert found.reference is why and math.isnan(found.error)
+    assert (found.difference_error > 0) == (why is Reference.NO_DERIVATIVE)
+
+
 def test_a_bad_task_is_counted_and_changes_no_other():
     whole, spoilt = (diagnose(learner(), Noise(bad), 3) for bad in (False, True))
     assert (spoilt[1].outcome, spoilt[1].reference) == ("BAD_EPISODE", "excluded")
@@ -113,6 +139,7 @@ def test_a_bad_task_is_counted_and_changes_no_other():
     counts = summarised(spoilt)["counts"]
     assert counts["outcomes"] == {"BAD_EPISODE": 1, "OK": 2} and counts["solves"] == {"CONVERGED": 2}
     assert (counts["tasks"], counts["stationary"], counts["positive_definite"]) == (3, 2, 2)
+    assert (counts["not_positive_definite"], counts["undecided"]) == (0, 1)
 
 
 def test_progress_is_told():
@@ -130,19 +157,23 @@ def test_what_has_no_implicit_gradient_is_refused():
 
 
 def _task(**facts):
-    usual = {"solve": "CONVERGED", "stationarity": 0.01, "smallest": 0.1, "cosine": 0.8}
+    usual = {"solve": "CONVERGED", "stationarity": 0.01, "system": System.POSITIVE_DEFINITE, "cosine": 0.8}
     return TaskDiagnosis(0, "OK", **usual | {"reference": Reference.COMPARED, "error": 0.05} | facts)
 
 
 @pytest.mark.parametrize(
     ("tasks", "says"),
     [
-        ([_task()] * 4, "positive definite on 100%; median error of the meta-gradient 0.05 (90% of tasks: <= 0.05): this is the implicit"),
+        ([_task()] * 4, "undecided on 0%; median error of the meta-gradient 0.05 over the 4 of 4 tasks that can be compared "
+         "(90% of these: <= 0.05): this is the implicit gradient."),
         ([_task(error=0.3)] * 4, "this is a rough approximation of the implicit gradient."),
         ([_task(error=0.8)] * 4, "this is not the implicit gradient."),
         ([_task(cosine=0.995)] * 4, "; with a median cosine of 0.9950 it is nearly the first-order one."),
-        ([_task(smallest=-1.0)] + [_task(stationarity=0.2)] * 3, "on 25% of tasks; H + Lambda positive definite on 75%"),
-        ([_task()] + [_task(reference=Reference.INDEFINITE, error=math.nan)] * 2, "central differences exist for 1 of 3 tasks only"),
+        ([_task(system=System.NOT_POSITIVE_DEFINITE)] + [_task(stationarity=0.2)] * 3,
+         "on 25% of tasks; H + Lambda positive definite on 75%, proved not to be on 25%, undecided on 0%;"),
+        ([_task(system=System.UNDECIDED), _task()], "positive definite on 50%, proved not to be on 0%, undecided on 50%;"),
+        ([_task()] * 2 + [_task(reference=Reference.FLAT, error=math.nan)], "over the 2 of 3 tasks that can be compared (90% of these"),
+        ([_task()] + [_task(reference=Reference.NO_MINIMISER, error=math.nan)] * 2, "central differences exist for 1 of 3 tasks only"),
         ([TaskDiagnosis(0, "NON_FINITE")] * 2, "central differences exist for 0 of 2 tasks only"),
     ],
 )  # fmt: skip
