@@ -23,12 +23,12 @@ GOAL = 1e-7
 ENOUGH = 1e-5
 """The same, above which such a solve has failed, and its quotient is nan."""
 
-NEWTON_STEPS, FEWEST, ROUNDS = 10, 3, 16
-"""Newton steps of the first round and, where a step costs more products, of a later one; rounds of an inner solve, at most."""
+NEWTON_STEPS, ROUNDS = (10, 10, 10, 5, 3), 16
+"""Newton steps of a round, by how often its products are doubled; rounds of an inner solve, at most."""
 
-CG_ITERATIONS, DOUBLINGS = 60, 4
-"""Products for each Newton direction in the first round, and how often they are doubled at most: on the way a rough direction
-does, at the end of an ill-conditioned solve it does not."""
+CG_ITERATIONS, USUAL, MOST = 60, 2, 4
+"""Products for each Newton direction in the first round, and how often they are doubled: on the way a rough direction does, and many
+steps count; at the end of an ill-conditioned solve it does not."""
 
 SLOWEST, PROMISE, PATIENCE = 1e-2, 0.25, 2
 """Relative fall of G in a round, and its part of what one step of steepest descent is promised, either of which is progress; idle
@@ -60,8 +60,8 @@ def nearby_minimiser(
 ) -> tuple[Tensor, Tensor]:
     """A stationary point of `G(phi) = L(phi) + 1/2 (phi - theta)' Lambda (phi - theta)` reached downhill from a start.
 
-    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. A round that leaves more than a tenth
-    of the gradient doubles the products of the next one's directions, and gives it fewer of them.
+    By Newton-CG with the Hessian of G, whose end is quadratic, in at most `ROUNDS` rounds. Every round doubles the products of
+    the next one's directions, to 240; one in which no unsolved task had its gradient halved or its G lowered by 1 %, to 960.
 
     It gives up after two rounds in which no unsolved task made progress. Progress is a gradient halved, a G lower by 1 %, or by a
     quarter of what the quadratic model promises to one step of steepest descent, `||g||^4 / 2 g'(H + Lambda)g`: on a smooth
@@ -95,20 +95,18 @@ def nearby_minimiser(
     for _ in range(ROUNDS):
         if not bool((left > goal).any()):
             break
-        steps = max(NEWTON_STEPS >> doublings, FEWEST)
         tolerance = float(torch.nan_to_num(goal / left, nan=0.5).min().clamp(max=0.5))
         strength = damping * float(torch.nan_to_num(left / first, nan=1.0).max())
-        phi = _newton(inner, phi, steps, doublings, tolerance, strength)
+        phi = _newton(inner, phi, NEWTON_STEPS[doublings], doublings, tolerance, strength)
         (left_before, value_before, promised), (left, value, promise) = (left, value, promise), seen(phi)
 
         fall, noise = value_before - value, ROUNDING * torch.finfo(value.dtype).eps * value.abs()
-        better = (left < left_before / 2) | (fall > SLOWEST * value_before.abs())
-        better |= torch.where(promised > noise, fall > PROMISE * promised, doublings < DOUBLINGS)
+        fast = (left < left_before / 2) | (fall > SLOWEST * value_before.abs())
+        better = fast | torch.where(promised > noise, fall > PROMISE * promised, doublings < MOST)
         idle = 0 if bool((better & (left > goal)).any()) else idle + 1
         if idle == PATIENCE:
             break
-        if bool((left > left_before / 10).any()):
-            doublings = min(doublings + 1, DOUBLINGS)
+        doublings = min(doublings + 1, USUAL if bool((fast & (left > goal)).any()) else MOST)
     return phi, left
 
 
