@@ -1,5 +1,7 @@
 """Models that cannot be meta-trained are refused by the name of the layer, and say the way out."""
 
+import copy
+
 import pytest
 import torch
 from helpers.models import OnceOnly
@@ -8,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 
 from imaml_dist import FOMAML, IMAML, MetaLearner, NewtonCG, Reptile
 from imaml_dist.errors import ModelError
+from imaml_dist.models import preflight as preflight_module
+from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.tasks.episode import EpisodeBatch
 
 
@@ -190,6 +194,33 @@ def test_samples_that_overflow_are_told_from_a_wrong_model():
 def test_what_cannot_be_vectorised_works_one_task_at_a_time():
     out = learner(Branching(), "loop").meta_gradient(episodes())
     assert out.tasks.outcome.tolist() == [0, 0]
+
+
+class Hinge(nn.Module):
+    """A linear layer beside a rectifier of the sum of its weights, whose kink is where `at` says."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.inner = nn.Linear(4, 3)
+        self.at = 0.0
+
+    def forward(self, x):
+        return self.inner(x) + 10 * (self.inner.weight.sum() - self.at).relu() * torch.ones_like(x[..., :1])
+
+
+def test_a_kink_between_the_ends_of_a_difference_is_not_a_wrong_derivative():
+    """At the first point that is tried, as a run that was started again may have it; the others are elsewhere."""
+    model = Hinge()
+    point = preflight_module._moved(FunctionalModel(copy.deepcopy(model).double()).parameters(), 0)
+    model.at = float(point[:12].sum())  # the weights, before the bias
+    off = preflight_module._second_derivatives_off
+    double = FunctionalModel(copy.deepcopy(model).double())
+    x, key = episodes().support_x[:1].double(), torch.zeros(1, dtype=torch.int64)
+    assert off(double, x, key, 0) > 1e-2
+    assert off(double, x, key, 1) is None
+    found = MetaLearner(model, IMAML(0.5), execution="loop").meta_gradient(episodes())
+    assert found.tasks.outcome.tolist() == [0, 0]
 
 
 def test_it_waits_for_a_task_that_can_be_computed():
