@@ -30,9 +30,8 @@ def preflight(functional: FunctionalModel, x: Tensor, key: Tensor, *, vectorised
 
     In this order: the forward pass is repeated and must give the same bits; it must leave buffers and parameters as they
     were; outputs and gradients must be finite; gradients must be those of a copy of the module that owns the parameters;
-    second derivatives must exist, and must be
-    the central differences of the first in a float64 copy, at one of a few points at least; two tasks vectorised must agree with one at a time, in outputs
-    and gradients.
+    second derivatives must exist, and must be the central differences of the first in a float64 copy, at one of a few points at
+    least; two tasks vectorised must agree with one at a time, in outputs and gradients.
 
     Args:
         functional: the model.

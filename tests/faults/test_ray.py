@@ -97,6 +97,7 @@ def test_a_killed_worker_changes_nothing(config, gold, tmp_path, rank):
     assert summary["restarts"] == 1
 
 
+@pytest.mark.slow  # a command is killed by `test_remote_runs.test_the_commands`, a driver of Ray's by `test_sweep`
 def test_a_killed_driver_leaves_no_process_and_the_same_command_goes_on(config, gold, tmp_path):
     with Command(*train(config), cwd=tmp_path) as command:
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 3, command)

@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import pytest
 from helpers.command import imaml
 from helpers.mlflow_server import MlflowServer, points
 from helpers.sweeps import base, leaderboard, write_sweep
@@ -56,6 +57,7 @@ def crashing(image_shape, way):
 """
 
 
+@pytest.mark.slow  # one of a trial and its parent is in `test_mlflow`
 def test_a_server_has_the_sweep_above_its_trials_every_point_once_and_how_each_ended(data, tmp_path):
     """One trial is finished; one crashes for good, and before that does a meta-step again which the server knows; one is stopped."""
     (tmp_path / "mine.py").write_text(NETWORKS)
