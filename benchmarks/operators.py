@@ -32,6 +32,8 @@ from meta_gradient import facts
 from operators_cells import FACTORS, SETTINGS, trials
 from operators_run import Cell, asked, in_turns, place, run_cell
 
+from imaml_dist.errors import ImamlError
+
 
 def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
     """Accuracy where `key` is `value`, on the line between the points around it."""
@@ -67,8 +69,13 @@ def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline
             if not waiting:
                 break
             finished = next(as_completed(waiting))
-            done[waiting.pop(finished)] = finished.result()
-            print(line(finished.result(), options), flush=True)
+            name = waiting.pop(finished)
+            try:
+                done[name] = finished.result()
+            except ImamlError as error:  # the next start of the command tries it again
+                print(f"{name}: {error}", flush=True)
+                continue
+            print(line(done[name], options), flush=True)
     return [done[name] for name in cells if name in done]
 
 
