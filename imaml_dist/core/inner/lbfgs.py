@@ -116,7 +116,7 @@ def lbfgs(
         length = torch.where(accepted, 1.0, 0.5 * length)
         fresh = torch.where(accepted[:, None], -_two_loops(gradient, pairs, scale), direction)
         lost = active & ((length < SHORTEST) & _has_any(pairs, length) | (dot(fresh, gradient) >= 0))
-        if not (on_host and not bool(lost.any())):
+        if not on_host or bool(lost.any()):
             fresh = torch.where(lost[:, None], -scale[:, None] * gradient, fresh)
             length = torch.where(lost, 1.0, length)
             pairs = [(s, y, torch.where(lost, 0.0, inverse)) for s, y, inverse in pairs]
