@@ -17,6 +17,8 @@ from imaml_dist.tracking import metrics_file
 from imaml_dist.tracking.mlflow_link import RunFacts, default_uri, home_of
 from imaml_dist.tracking.mlflow_parent import MlflowParent
 from imaml_dist.tracking.mlflow_run import MlflowRun
+from imaml_dist.training.checkpoints import set_aside_after
+from imaml_dist.training.run_directory import RunDirectory
 
 FACTS = RunFacts(
     experiment="problem",
@@ -265,6 +267,7 @@ def test_a_run_outlives_its_server_and_then_itself(server, data, tmp_path):
     assert client.get_run(run_id).info.status == "KILLED"
     reached = steps_of(run)
     assert [s for s, _ in points(server.uri, run_id, "meta/loss")] == list(range(reached))
+    set_aside_after(RunDirectory(run).checkpoints, reached - 1)  # killed right after one, it would do no step twice
 
     more = ("--set", f"run.steps={reached + 5}")
     code, output = imaml(*words, *more, cwd=tmp_path, MLFLOW_TRACKING_URI=server.uri)
