@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -36,21 +38,26 @@ def lbfgs(
 ) -> InnerSolution:
     """Minimise `G(phi) = L(phi) + R(phi - theta)` from phi = theta by at most `steps` quasi-Newton steps.
 
-    The direction p is `-B grad G`, where B is what the BFGS update makes of `c I` and a task's last `memory` pairs of steps s and
-    gradient changes y, `c = s'y / y'y` of the newest one (`lr` before there is one). A step of length 1 is tried first; where
-    `G(phi + a p) <= G(phi) + 1e-4 a grad G'p` does not hold at length a, beyond what rounding makes of G, phi stays and the next step
-    tries half the length. Every step is therefore one gradient, whatever becomes of it, and tasks whose steps are accepted never
-    wait for those whose are not. Pairs with `s'y <= 0`, as negative curvature gives, are left out, so B stays positive definite; a
-    direction that is no descent in rounding, or along which no length does, makes way for `-c grad G` and its task forgets its pairs.
+    The direction p is `-B grad G`, where B is what the BFGS update makes of `c M`, `M = m Lambda^-1` with m the smallest entry of
+    Lambda's diagonal, and a task's last `memory` pairs of steps s and gradient changes y, `c = s'y / y'M y` of the newest one (`lr`
+    before there is one). M is the identity where Lambda is one number for all; where it is not, it is the part of the inverse
+    Hessian that is known beforehand, and the pairs have only the loss's few directions to learn.
 
-    Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`. Memory: `2 memory` vectors of that size. The curvature that
+    A step of length 1 is tried first; where `G(phi + a p) <= G(phi) + 1e-4 a grad G'p` does not hold at length a, beyond what
+    rounding makes of G, phi stays and the next step tries half the length. Every step is therefore one gradient, whatever becomes of
+    it, and tasks whose steps are accepted never wait for those whose are not. Pairs with `s'y <= 0`, as negative curvature gives,
+    are left out, so B stays positive definite; a direction that is no descent in rounding, or along which no length does, makes way
+    for `-c M grad G` and its task forgets its pairs.
+
+    Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`, two more and two of `Lambda^-1` with a Lambda that
+    is not one number. Memory: `2 memory` vectors of that size. The curvature that
     is handed on comes with the last gradient where every task that still moves takes the last step, else with one more.
 
     Args:
         objective: support loss L, `[T, P] -> [T]`.
         anchor: theta, `[T, P]`; both the start and the proximal centre.
         steps: gradients besides the first, >= 0.
-        lr: the first step is `-lr grad G`, > 0.
+        lr: the first step is `-lr M grad G`, > 0.
         memory: pairs kept, >= 1.
         tolerance: relative gradient norm in [0, 1) at which a task stops; 0 for the step count alone.
         proximal: the regulariser R; None leaves it out.
@@ -69,6 +76,7 @@ def lbfgs(
     if not 0.0 <= tolerance < 1.0:
         raise ValueError(f"need 0 <= tolerance < 1, got {tolerance}")
     problem = InnerProblem(objective, anchor.detach(), proximal)
+    metric = _metric(proximal)
 
     def evaluated(at: Tensor, last: bool) -> tuple[Tensor, Tensor, Matvec | None]:
         if last and linearise is not None:
@@ -86,7 +94,7 @@ def lbfgs(
     taken = torch.zeros_like(losses, dtype=torch.int64)
     pairs: list[Pair] = []
     scale, length = torch.full_like(losses, lr), torch.ones_like(losses)
-    direction = torch.where(active[:, None], -lr * gradient, 0.0)
+    direction = torch.where(active[:, None], -lr * metric(gradient), 0.0)
     for step in range(steps):
         if on_host and not bool(active.any()):
             break
@@ -112,12 +120,12 @@ def lbfgs(
         if step == steps - 1:
             break
         pairs = _kept(pairs, (s, y, torch.where(known, 1.0 / sy, 0.0)), known | ~active, memory)
-        scale = torch.where(known, sy / yy, scale)
+        scale = torch.where(known, sy / dot(y, metric(y)), scale)
         length = torch.where(accepted, 1.0, 0.5 * length)
-        fresh = torch.where(accepted[:, None], -_two_loops(gradient, pairs, scale), direction)
+        fresh = torch.where(accepted[:, None], -_two_loops(gradient, pairs, scale, metric), direction)
         lost = active & ((length < SHORTEST) & _has_any(pairs, length) | (dot(fresh, gradient) >= 0))
         if not on_host or bool(lost.any()):
-            fresh = torch.where(lost[:, None], -scale[:, None] * gradient, fresh)
+            fresh = torch.where(lost[:, None], -scale[:, None] * metric(gradient), fresh)
             length = torch.where(lost, 1.0, length)
             pairs = [(s, y, torch.where(lost, 0.0, inverse)) for s, y, inverse in pairs]
         direction = torch.where(active[:, None], fresh, 0.0)
@@ -158,14 +166,22 @@ def _has_any(pairs: list[Pair], like: Tensor) -> Tensor:
     return found
 
 
-def _two_loops(gradient: Tensor, pairs: list[Pair], scale: Tensor) -> Tensor:
+def _metric(proximal: Proximal | None) -> Callable[[Tensor], Tensor]:
+    """`v -> M v`."""
+    if proximal is None or (strengths := proximal.diagonal()).numel() == 1:
+        return lambda v: v
+    weakest = strengths.min()
+    return lambda v: weakest * proximal.solve(v)
+
+
+def _two_loops(gradient: Tensor, pairs: list[Pair], scale: Tensor, metric: Callable[[Tensor], Tensor]) -> Tensor:
     """`B grad G`, `[T, P]`."""
     q, weights = gradient, []
     for s, y, inverse in reversed(pairs):
         weight = inverse * dot(s, q)
         weights.append(weight)
         q = torch.addcmul(q, weight[:, None], y, value=-1.0)
-    q = scale[:, None] * q
+    q = scale[:, None] * metric(q)
     for (s, y, inverse), weight in zip(pairs, reversed(weights), strict=True):
         q = torch.addcmul(q, (weight - inverse * dot(y, q))[:, None], s)
     return q

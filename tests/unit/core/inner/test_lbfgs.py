@@ -10,6 +10,7 @@ from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise
 from imaml_dist.core.curvature import gauss_newton_operator, linearise_hessian
 from imaml_dist.core.inner.lbfgs import _two_loops, lbfgs
 from imaml_dist.core.outcome import TaskOutcome
+from imaml_dist.core.proximal.diagonal import DiagonalProximal
 from imaml_dist.core.proximal.scalar import ScalarProximal
 
 TASKS = 4
@@ -25,10 +26,11 @@ def _tanh():
 
 
 def test_the_direction_is_that_of_the_dense_bfgs_update():
-    """`B <- (I - r s y') B (I - r y s') + r s s'` from `c I`, pair by pair; a pair with r = 0 changes nothing."""
+    """`B <- (I - r s y') B (I - r y s') + r s s'` from `c M`, pair by pair; a pair with r = 0 changes nothing."""
     problem, generator = Quadratics.random(TASKS, 6, seed=3), torch.Generator().manual_seed(0)
     scale, gradient = torch.rand(TASKS, dtype=torch.float64, generator=generator) + 0.5, _theta(6, seed=4)
-    pairs, dense = [], scale[:, None, None] * torch.eye(6, dtype=torch.float64)
+    metric = torch.linspace(0.2, 1.0, 6, dtype=torch.float64)
+    pairs, dense = [], scale[:, None, None] * torch.diag(metric)
     for k in range(4):
         s = torch.randn(TASKS, 6, dtype=torch.float64, generator=generator)
         y = (problem.hessian @ s[..., None])[..., 0]
@@ -37,10 +39,12 @@ def test_the_direction_is_that_of_the_dense_bfgs_update():
         pairs.append((s, y, inverse))
         left = torch.eye(6, dtype=torch.float64) - inverse[:, None, None] * s[:, :, None] * y[:, None, :]
         dense = left @ dense @ left.mT + inverse[:, None, None] * s[:, :, None] * s[:, None, :]
-    found = _two_loops(gradient, pairs, scale)
+    found = _two_loops(gradient, pairs, scale, lambda v: metric * v)
     torch.testing.assert_close(found, (dense @ gradient[..., None])[..., 0], rtol=1e-11, atol=1e-11)
     s, y, _ = pairs[-1]
-    torch.testing.assert_close(_two_loops(y, pairs, scale), s, rtol=1e-11, atol=1e-11)  # the newest secant equation
+    torch.testing.assert_close(
+        _two_loops(y, pairs, scale, lambda v: metric * v), s, rtol=1e-11, atol=1e-11
+    )  # the newest secant equation
 
 
 def test_the_first_step_is_descent_with_the_rate():
@@ -78,6 +82,17 @@ def test_every_step_is_that_of_the_dense_update_with_as_many_pairs(memory):
             length = 0.5 * length
         found = lbfgs(problem.support_loss, theta, steps=steps, lr=lr, memory=memory, proximal=ScalarProximal(lam))
         torch.testing.assert_close(found.params[0], x, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 12])
+def test_with_strengths_of_layers_it_is_that_of_the_problem_in_coordinates_where_they_are_one(steps):
+    """`phi = (m / d)^(1/2) z` makes `1/2 (phi - theta)' diag(d) (phi - theta)` of `m/2 |z - z0|^2`."""
+    problem, theta = _tanh()
+    strengths = torch.tensor([0.3, 3.0, 30.0], dtype=torch.float64).repeat(5)[: theta.shape[1]]
+    root = (0.3 / strengths).sqrt()
+    found = lbfgs(problem.support_loss, theta, steps=steps, proximal=DiagonalProximal(strengths))
+    alike = lbfgs(lambda z: problem.support_loss(root * z), theta / root, steps=steps, proximal=ScalarProximal(0.3))
+    torch.testing.assert_close(found.params, root * alike.params, rtol=1e-9, atol=1e-11)
 
 
 def test_negative_curvature_along_a_step_leaves_no_pair():
