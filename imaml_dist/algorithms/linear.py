@@ -52,8 +52,8 @@ class ConjugateGradient:
         atol: absolute residual norm at which it ends early.
         on_negative_curvature: `truncate` keeps the last good iterate (the first-order direction if there is none),
             `gauss_newton` redoes the task with that operator, `exclude` drops the task from the step.
-        preconditioner: `none`, `regulariser` (the inverse of `Lambda + mu I`, for a Lambda that is not a multiple of I) or
-            `nystrom` (costs `rank` products more).
+        preconditioner: `regulariser` (the inverse of `Lambda + mu I`; where Lambda is a multiple of I it would change nothing, and
+            is left out), `nystrom` (costs `rank` products more) or `none`.
         rank: of the Nystrom preconditioner.
         start: `zero`, or `first_order`: `Lambda^-1 v`, from which one step more is one step beyond first-order MAML.
     """
@@ -64,7 +64,7 @@ class ConjugateGradient:
     damping: float = 0.0
     on_negative_curvature: NegativeCurvature = "truncate"
     atol: float = 0.0
-    preconditioner: Literal["none", "regulariser", "nystrom"] = "none"
+    preconditioner: Literal["none", "regulariser", "nystrom"] = "regulariser"
     rank: int = 10
     start: Literal["zero", "first_order"] = "zero"
 
@@ -73,7 +73,7 @@ class ConjugateGradient:
         preconditioner = None
         if self.preconditioner == "nystrom":
             preconditioner = nystrom_preconditioner(system, v, rank=self.rank)
-        elif self.preconditioner == "regulariser":
+        elif self.preconditioner == "regulariser" and system.proximal.diagonal().numel() > 1:
             preconditioner = system.regulariser_solve
         return conjugate_gradient(
             system,

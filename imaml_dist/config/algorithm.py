@@ -25,7 +25,7 @@ class ConjugateGradientConfig(Section):
     on_negative_curvature: NegativeCurvature = "truncate"
     atol: float = Field(0.0, ge=0)
     """Residual norm at which a task's solve ends early."""
-    preconditioner: Literal["none", "regulariser", "nystrom"] = "none"
+    preconditioner: Literal["none", "regulariser", "nystrom"] = "regulariser"
     rank: int = Field(10, ge=1)
     """Of the Nystrom preconditioner."""
     start: Literal["zero", "first_order"] = "zero"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.algebra import matvec_of, spd, symmetric
 
+from imaml_dist.algorithms.linear import ConjugateGradient
 from imaml_dist.core.linear.conjugate_gradient import conjugate_gradient
 from imaml_dist.core.linear.direct import direct
 from imaml_dist.core.linear.minres import minres
@@ -14,6 +15,7 @@ from imaml_dist.core.linear.neumann import neumann
 from imaml_dist.core.linear.nystrom import low_rank_curvature, nystrom, nystrom_preconditioner
 from imaml_dist.core.linear.solution import SLACK, Outcome, relative_residual, unit
 from imaml_dist.core.linear.system import ProximalSystem
+from imaml_dist.core.proximal.diagonal import DiagonalProximal
 from imaml_dist.core.proximal.scalar import ScalarProximal
 
 TASKS, SIZE, STRENGTH = 5, 8, 0.3
@@ -282,6 +284,23 @@ def test_a_nystrom_preconditioner_saves_conjugate_gradient_its_steps():
     assert (helped.iterations < plain.iterations).all()
     torch.testing.assert_close(
         helped.value, torch.linalg.solve(curvature + STRENGTH * IDENTITY, b), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_the_regulariser_leaves_conjugate_gradient_the_curvature_alone():
+    """A curvature of rank 2 takes 3 steps, whatever the strengths are; without it they count too. One strength changes no bit."""
+    spectrum = torch.tensor([0, 0, 0, 0, 0, 0, 5.0, 40.0], dtype=torch.float64)
+    curvature, b = torch.stack([symmetric(spectrum, t) for t in range(TASKS)]), right_side()
+    strengths = torch.logspace(-1, 1.5, SIZE, dtype=torch.float64)
+    system = ProximalSystem(matvec_of(curvature), DiagonalProximal(strengths))
+    exact = torch.linalg.solve(curvature + torch.diag(strengths), b)
+    with_it = ConjugateGradient(3).solve(system, b)
+    without = ConjugateGradient(3, preconditioner="none").solve(system, b)
+    torch.testing.assert_close(with_it.value, exact, rtol=1e-9, atol=1e-11)
+    assert (without.residual > 0.01).all()
+    alike = ProximalSystem(matvec_of(curvature), ScalarProximal(STRENGTH))
+    assert torch.equal(
+        ConjugateGradient(3).solve(alike, b).value, ConjugateGradient(3, preconditioner="none").solve(alike, b).value
     )
 
 
