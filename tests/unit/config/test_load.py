@@ -2,6 +2,7 @@
 
 import pytest
 
+from imaml_dist.config.inner import GradientDescentConfig, LBFGSConfig
 from imaml_dist.config.load import build_config, load_config, to_yaml
 from imaml_dist.errors import ConfigError
 
@@ -170,6 +171,17 @@ def test_every_algorithm_inner_solver_and_linear_solver_is_one_switch():
         ConfigError, match=r"algorithm\.inner\.kind: 'newton_cg' given, should be 'gradient_descent', 'm"
     ):
         config("algorithm.kind=maml", "algorithm.inner.kind=newton_cg", algorithm=raw)
+
+
+@pytest.mark.parametrize("kind", ["maml", "reptile", "anil", "meta_sgd"])
+def test_an_inner_solver_of_the_file_makes_way_for_an_algorithm_that_cannot_take_it(kind):
+    raw = {"kind": "imaml", "inner": {"kind": "lbfgs", "steps": 7}}
+    assert config(f"algorithm.kind={kind}", algorithm=raw).algorithm.inner == GradientDescentConfig()
+    taken = config(f"algorithm.kind={kind}", "algorithm.inner.lr=0.2", algorithm=raw).algorithm.inner
+    assert taken == GradientDescentConfig(lr=0.2)
+    assert config("algorithm.kind=fomaml", algorithm=raw).algorithm.inner == LBFGSConfig(steps=7)
+    with pytest.raises(ConfigError, match=r"algorithm\.inner\.kind: 'lbgfs' given"):
+        config(f"algorithm.kind={kind}", algorithm={"kind": "imaml", "inner": {"kind": "lbgfs"}})
 
 
 @pytest.mark.parametrize("kind", ["maml", "reptile", "anil", "meta_sgd"])
