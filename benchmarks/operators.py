@@ -14,7 +14,7 @@ unlike in one thing: the configuration that all begin with was once made for the
 
 Of every cell: stationarity and linear residual, the cosine of the meta-gradient to the first-order one, norm(phi - theta), the
 outcomes of the linear solves (means over the last 20 steps); and, in float64 on `PROBED` val tasks at the end, the smallest
-eigenvalue of H + Lambda as 50 steps of Lanczos see it.
+eigenvalue of H + Lambda (of the parameters that adapt) as 50 steps of Lanczos see it.
 """
 
 import argparse
@@ -36,13 +36,16 @@ from imaml_dist.errors import ImamlError
 
 
 def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
-    """Accuracy where `key` is `value`, on the line between the points around it."""
-    points = [{"tasks": 0.0, "seconds": 0.0, "accuracy": math.nan}, *points]
+    """Accuracy where `key` is `value`, on the line between the points around it; the first one's where it comes before all.
+
+    The latter favours slow methods, whose first test comes later than they are compared at.
+    """
+    if points and value <= points[0][key]:
+        return points[0]["accuracy"]
     for before, after in itertools.pairwise(points):
         if before[key] < value <= after[key]:
             share = (value - before[key]) / (after[key] - before[key])
-            found = after["accuracy"] if share == 1.0 else (1 - share) * before["accuracy"] + share * after["accuracy"]
-            return None if math.isnan(found) else found
+            return after["accuracy"] if share == 1.0 else (1 - share) * before["accuracy"] + share * after["accuracy"]
     return None
 
 
@@ -174,9 +177,9 @@ def main() -> None:
         in_turns(options, stages[method])
         if stages[method]:
             best[method] = max(stages[method], key=lambda c: score(c, options))
-        if method == "imaml" and best:
-            changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
-            stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
+    if "imaml" in best:
+        changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
+        stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
     in_turns(options, list({cell["name"]: cell for cells in stages.values() for cell in cells}.values()))
     for title, cells in stages.items():
         print(f"\n{table(title, cells, options)}")

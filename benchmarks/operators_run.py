@@ -89,14 +89,13 @@ def curvature(config: ExperimentConfig, theta: Tensor, updates: int) -> dict[str
     lowest: list[float] = []
     reached: list[float] = []
     for task in range(PROBED):
-        problem = learner.problem(source.episodes(0, range(task, task + 1)), theta.double())
-        inner = learner.algorithm.adapt(problem)
-        system = ProximalSystem(
-            hessian_operator(problem.support_loss, inner.params), learner.algorithm.proximal(problem)
-        )
-        start = torch.randn(
-            1, inner.params.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(task)
-        )
+        whole = learner.problem(source.episodes(0, range(task, task + 1)), theta.double())
+        part = learner.algorithm.part(whole)
+        inner = learner.algorithm.adapt(whole)
+        proximal = learner.algorithm.proximal(part.problem)
+        phi = inner.params[:, part.places]
+        system = ProximalSystem(hessian_operator(part.problem.support_loss, phi), proximal)
+        start = torch.randn(1, phi.shape[1], dtype=torch.float64, generator=torch.Generator().manual_seed(task))
         lowest.append(float(lanczos(system, start, steps=50).smallest))
         reached.append(float(inner.stationarity))
     return {"ritz": lowest, "stationarity_float64": reached}

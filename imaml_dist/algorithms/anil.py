@@ -17,7 +17,9 @@ from imaml_dist.core.inner.descent import descend
 from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.core.unrolled import unrolled_meta_gradient
 from imaml_dist.core.vector import ParameterLayout
+from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.head import find_head
+from imaml_dist.models.part import names_under, places_of
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,11 @@ class ANIL(NothingOwned):
 
     def __post_init__(self) -> None:
         refuse_tolerance("ANIL", self.inner)
+
+    def own_parameters(self, layout: ParameterLayout, dtype: torch.dtype) -> dict[str, Tensor]:
+        """None; a wrong name is refused here, before anything is computed. Raises what `names` raises."""
+        self.names(layout)
+        return {}
 
     def adapt(self, problem: TaskProblem) -> InnerSolution:
         """See `Algorithm.adapt`."""
@@ -74,6 +81,7 @@ class ANIL(NothingOwned):
     def _head_loss(self, problem: TaskProblem) -> Callable[[Tensor], Objective] | None:
         """theta -> the support loss as a function of the moving parameters; None where the head cannot be cut off."""
         support = problem.support
+        assert isinstance(problem.functional, FunctionalModel)
         head = find_head(problem.functional, self.names(problem.functional.layout), support.x, support.key)
         if head is None:
             return None
@@ -86,9 +94,7 @@ class ANIL(NothingOwned):
 
     def moving(self, layout: ParameterLayout, device: torch.device) -> Tensor:
         """Places of the head's entries in the flat vector, ascending. Raises what `names` raises."""
-        names = self.names(layout)
-        chosen = [torch.full((size,), name in names) for name, size in zip(layout.names, layout.sizes, strict=True)]
-        return torch.cat(chosen).nonzero().squeeze(-1).to(device)
+        return places_of(layout, self.names(layout), device)
 
     def names(self, layout: ParameterLayout) -> tuple[str, ...]:
         """The parameters that adapt, in the order of the layout.
@@ -96,14 +102,4 @@ class ANIL(NothingOwned):
         Raises:
             ValueError: a name of `head` is no parameter and begins none.
         """
-        prefixes = self.head or (layout.names[-1].rpartition(".")[0],)
-        for prefix in prefixes:
-            if not any(_under(name, prefix) for name in layout.names):
-                raise ValueError(
-                    f"head: {prefix!r} is no parameter and begins none; there are {', '.join(layout.names)}"
-                )
-        return tuple(name for name in layout.names if any(_under(name, prefix) for prefix in prefixes))
-
-
-def _under(name: str, prefix: str) -> bool:
-    return prefix in ("", name) or name.startswith(prefix + ".")
+        return names_under(layout, self.head or (layout.names[-1].rpartition(".")[0],), "head")

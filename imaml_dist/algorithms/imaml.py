@@ -9,6 +9,7 @@ from torch import Tensor
 
 from imaml_dist.algorithms.inner import GradientDescent, InnerSolver
 from imaml_dist.algorithms.linear import ConjugateGradient, Dual, LinearSolver
+from imaml_dist.algorithms.part import Part
 from imaml_dist.algorithms.problem import TaskProblem
 from imaml_dist.algorithms.strength import ProximalStrength
 from imaml_dist.core.curvature import Matvec
@@ -20,6 +21,7 @@ from imaml_dist.core.linear.system import ProximalSystem
 from imaml_dist.core.proximal.protocol import Proximal
 from imaml_dist.core.proximal.scalar import ScalarProximal
 from imaml_dist.core.vector import ParameterLayout
+from imaml_dist.models.part import names_under, sublayout
 
 LAM = "lam."
 """What the names of Lambda's learned parameters begin with."""
@@ -36,6 +38,8 @@ class IMAML:
         reference_inner: leave the proximal term out of the inner solver and take one step `phi <- phi - lr lam (phi - theta)`
             after it; at meta-test not even that. It is what the paper's public code does, not what the paper says.
         lam_offset: added to a scalar lambda in the linear system alone (10 in the paper's public code).
+        adapts: names, or dotted beginnings of names, of the parameters that adapt to a task; empty: all do. The others are shared by
+            all tasks, as if their strength were infinite, and are meta-trained by the same implicit gradient (`algorithms.part`).
 
     Raises:
         ValueError: `lam` is not positive, or the reference's deviations are asked of a Lambda or inner solver they do not have.
@@ -48,6 +52,7 @@ class IMAML:
     solver: LinearSolver = field(default_factory=ConjugateGradient)
     reference_inner: bool = False
     lam_offset: float = 0.0
+    adapts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.lam, ProximalStrength):
@@ -77,33 +82,60 @@ class IMAML:
         """See `Algorithm.own_parameters`: Lambda's unconstrained parameters if it is learned.
 
         Raises:
-            ValueError: Lambda does not fit the parameters.
+            ValueError: Lambda does not fit the parameters, or a name of `adapts` is none.
         """
+        layout = self._adapting(layout)
         raw = self.strength.initial(layout, dtype) if self.strength.kind != "scalar" or self.strength.learn else {}
         return {LAM + name: value for name, value in raw.items()} if self.strength.learn else {}
 
     def describe(self, own: dict[str, Tensor], layout: ParameterLayout) -> dict[str, Tensor]:
         """See `Algorithm.describe`: Lambda's diagonal."""
         raw = _raw(own)
-        return {"lam": self.strength.parametrisation(layout).build(raw).diagonal()} if raw else {}
+        return {"lam": self.strength.parametrisation(self._adapting(layout)).build(raw).diagonal()} if raw else {}
 
     def proximal(self, problem: TaskProblem) -> Proximal:
-        """Lambda as it is now."""
+        """Lambda as it is now, of the parameters that adapt (`part`)."""
         return self.strength.build(problem.functional.layout, _raw(problem.own), problem.anchor)
 
     def adapt(self, problem: TaskProblem) -> InnerSolution:
         """See `Algorithm.adapt`."""
-        return self.inner.solve(problem, None if self.reference_inner else self.proximal(problem))
+        if not self.adapts:
+            return self._adapt(problem)
+        part = Part.of(problem, self.adapts, query=False)
+        inner = self._adapt(part.problem)
+        return replace(inner, params=part.all(inner.params), curvature=None)
 
     def meta_gradient(self, problem: TaskProblem) -> tuple[InnerSolution, MetaGradient]:
         """See `Algorithm.meta_gradient`."""
+        if not self.adapts:
+            return self._meta_gradient(problem)
+        part = Part.of(problem, self.adapts)
+        inner, meta = self._meta_gradient(part.problem)
+        assert meta.solution is not None
+        fallback = getattr(self.solver, "on_negative_curvature", "truncate") == "gauss_newton"
+        redone = meta.solution.outcome == int(Outcome.NEGATIVE_CURVATURE) if fallback else None
+        meta = part.meta_gradient(inner, meta, self.solver.operator, redone)
+        return replace(inner, params=part.all(inner.params), curvature=None), meta
+
+    def part(self, problem: TaskProblem) -> Part:
+        """What adapts in these tasks; the linear system is that of its problem."""
+        return Part.of(problem, self.adapts or ("",))
+
+    def _adapting(self, layout: ParameterLayout) -> ParameterLayout:
+        return sublayout(layout, names_under(layout, self.adapts, "adapts")) if self.adapts else layout
+
+    def _adapt(self, problem: TaskProblem) -> InnerSolution:
+        return self.inner.solve(problem, None if self.reference_inner else self.proximal(problem))
+
+    def _meta_gradient(self, problem: TaskProblem) -> tuple[InnerSolution, MetaGradient]:
+        """Of the parameters that adapt."""
         proximal = self.proximal(problem)
         if not self.reference_inner:
             products = not isinstance(self.solver, Dual)  # which works with the factors
             inner = self.inner.solve(problem, proximal, curvature=self.solver.operator if products else None)
         else:
             assert isinstance(self.inner, GradientDescent)
-            inner = self.adapt(problem)
+            inner = self._adapt(problem)
             inner = pull_back(problem.support_loss, problem.anchor, inner, lr=self.inner.lr, proximal=proximal)
         problem.lap("inner")
         if self.lam_offset:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from imaml_dist.algorithms.loss import Loss
 from imaml_dist.core.curvature import GaussNewton, Linearise, Objective, gauss_newton_operator, linearise_hessian
-from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.masks import derived_key
+from imaml_dist.models.part import Predictor
 
 Operator = Literal["hessian", "gauss_newton"]
 """Which curvature of the support loss."""
@@ -37,7 +37,7 @@ class TaskProblem:
     """What T tasks ask of a learner at meta-parameters theta.
 
     Attributes:
-        functional: the model.
+        functional: the model, as a function of the parameters that adapt.
         loss: of outputs and targets.
         anchor: `[T, P]`, theta in every row.
         support: the samples a task adapts to.
@@ -47,7 +47,7 @@ class TaskProblem:
         query_outputs: what the last evaluation of `query_loss` predicted, for the record.
     """
 
-    functional: FunctionalModel
+    functional: Predictor
     loss: Loss
     anchor: Tensor
     support: Samples

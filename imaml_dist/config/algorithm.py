@@ -174,6 +174,8 @@ class IMAMLConfig(Section):
     """Proximal term in one step after the inner loop instead of in every step, and none at meta-test."""
     lam_offset: float = Field(0.0, ge=0)
     """Added to lambda in the linear system alone."""
+    adapts: list[str] = Field([])
+    """Names, or dotted beginnings of names, of the parameters that adapt to a task (`head`); empty: all."""
 
     @model_validator(mode="after")
     def _reference_is_scalar(self) -> IMAMLConfig:

@@ -10,6 +10,7 @@ PRESET_FIELDS = (
     "algorithm.solver",
     "algorithm.reference_inner",
     "algorithm.lam_offset",
+    "algorithm.adapts",
     "outer.optimizer",
     "outer.lr",
     "outer.eps",

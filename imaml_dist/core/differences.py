@@ -6,7 +6,9 @@ slow to train with, and needs float64.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,7 +20,7 @@ from imaml_dist.core.linear.solution import dot
 from imaml_dist.core.proximal.protocol import Proximal
 
 GOAL = 1e-7
-"""Of the inner solves at a moved theta: gradient norm over that which the move brought, `||Lambda (theta' - theta)||`."""
+"""Of the inner solves at a moved theta: gradient norm over that which the move brought, the one at `phi*(theta)`."""
 
 ENOUGH = 1e-5
 """The same, above which such a solve has failed, and its quotient is nan."""
@@ -36,6 +38,23 @@ rounds in a row that end the solve."""
 
 POLISH = 1
 """Doublings of the products of the last Newton step at a moved theta, which shows what the solve before it had left."""
+
+
+class Moved(Protocol):
+    """One task at R meta-parameters, a row each: what adapts begins at `anchor` `[R, E]`, and losses are `[R, E] -> [R]`."""
+
+    @property
+    def anchor(self) -> Tensor:
+        """Start and proximal centre."""
+        ...
+
+    def support_loss(self, params: Tensor) -> Tensor:
+        """L."""
+        ...
+
+    def query_loss(self, params: Tensor) -> Tensor:
+        """The loss that F tells."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -125,9 +144,8 @@ def _newton(
 
 
 def central_differences(
-    support_loss: Objective,
-    query_loss: Objective,
-    anchor: Tensor,
+    task: Callable[[Tensor], Moved],
+    theta: Tensor,
     solution: Tensor,
     directions: Tensor,
     step: float,
@@ -140,9 +158,9 @@ def central_differences(
     `phi*(theta +- h d)` is solved anew from `phi*(theta)`, so that it stays on the branch of minimisers that it is on.
 
     Args:
-        support_loss, query_loss: of one task under any number of rows of parameters, `[R, P] -> [R]`.
-        anchor: theta, `[P]`.
-        solution: `phi*(theta)`, `[P]`, a minimiser of G.
+        task: from any number of meta-parameters `[R, P]` to the task there.
+        theta: `[P]`.
+        solution: `phi*(theta)`, `[E]`, a minimiser of G; E is P where all parameters adapt.
         directions: d, `[k, P]`.
         step: the larger h, > 0; halved for the other.
         proximal: Lambda.
@@ -156,9 +174,9 @@ def central_differences(
     """
     if not step > 0 or at_once < 1:
         raise ValueError(f"need step > 0 and at_once >= 1, got {step} and {at_once}")
-    steps = torch.tensor([-step, step, -step / 2, step / 2], dtype=anchor.dtype, device=anchor.device)
+    steps = torch.tensor([-step, step, -step / 2, step / 2], dtype=theta.dtype, device=theta.device)
     moves = (steps[:, None, None] * directions).flatten(0, 1)
-    parts = [_moved(support_loss, query_loss, anchor, solution, some, proximal) for some in torch.split(moves, at_once)]
+    parts = [_moved(task(theta + some), solution, proximal) for some in torch.split(moves, at_once)]
     rough, values = torch.cat(parts, dim=1).reshape(2, 4, -1)
     return Quotients(
         values=(values[3] - values[2]) / step,
@@ -167,18 +185,13 @@ def central_differences(
     )
 
 
-def _moved(
-    support_loss: Objective,
-    query_loss: Objective,
-    anchor: Tensor,
-    solution: Tensor,
-    moves: Tensor,
-    proximal: Proximal,
-) -> Tensor:
-    """`F(theta + move)` for moves `[R, P]` where the inner solve ends, and a Newton step later: `[2, R]`; nan where it failed."""
-    pull = torch.linalg.vector_norm(proximal.apply(moves), dim=-1)
-    moved, start = anchor + moves, solution.expand_as(moves)
-    phi, left = nearby_minimiser(support_loss, moved, start, GOAL * pull, proximal=proximal, damping=0.0)
-    polished = _newton(InnerProblem(support_loss, moved, proximal), phi, 1, POLISH)
+def _moved(moved: Moved, solution: Tensor, proximal: Proximal) -> Tensor:
+    """F at R meta-parameters where the inner solve ends, and a Newton step later: `[2, R]`; nan where it failed."""
+    inner, start = InnerProblem(moved.support_loss, moved.anchor, proximal), solution.expand_as(moved.anchor)
+    brought = torch.linalg.vector_norm(inner.loss_and_gradient(start)[1], dim=-1)
+    goal = GOAL * brought
+    phi, left = nearby_minimiser(moved.support_loss, moved.anchor, start, goal, proximal=proximal, damping=0.0)
+    polished = _newton(inner, phi, 1, POLISH)
     with torch.no_grad():
-        return torch.where(left <= ENOUGH * pull, torch.stack([query_loss(phi), query_loss(polished)]), torch.nan)
+        found = torch.stack([moved.query_loss(phi), moved.query_loss(polished)])
+    return torch.where(left <= ENOUGH * brought, found, torch.nan)

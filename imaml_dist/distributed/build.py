@@ -25,6 +25,7 @@ from imaml_dist.kernels import native as kernels
 from imaml_dist.kernels.memory import keep_freed_memory
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
+from imaml_dist.models.part import UnknownParameterError
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tasks.episode import TaskSource
 
@@ -144,7 +145,7 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], up
         updates: of the checkpoint that it is for, where the algorithm's numbers follow a schedule.
 
     Raises:
-        ConfigError: see `make_model` and `make_loss`, or Lambda does not fit the network.
+        ConfigError: see `make_model` and `make_loss`, or Lambda or the names of what adapts do not fit the network.
         ModelError: the network cannot be meta-trained.
     """
     model = make_model(config.model, image_shape, config.data.way, config.run.seed)
@@ -155,6 +156,8 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], up
     algorithm, loss = make_algorithm(config.algorithm, updates), make_loss(config.loss)
     try:
         return MetaLearner(model, algorithm, loss, execution, autocast)
+    except UnknownParameterError as error:
+        raise ConfigError(f"algorithm.{error}") from error
     except ValueError as error:  # Lambda is for other parameters
         raise ConfigError(f"algorithm.lam: {error}") from error
 

@@ -48,13 +48,14 @@ def make_algorithm(config: AlgorithmConfig, updates: int = 0, cap: ResidualCap |
         updates: applied so far.
         cap: of the linear solver's iterations, where it adapts to residuals.
     """
-    facts: dict[str, Any] = _facts(config, "inner", "solver", "lam", "preset", "head")
+    facts: dict[str, Any] = _facts(config, "inner", "solver", "lam", "preset", "head", "adapts")
     facts["inner"] = INNER[config.inner.kind](**_facts(config.inner))
     if config.kind == "imaml":
         solver = _facts(config.solver, "schedule", "adapt")
         if isinstance(config.solver, ConjugateGradientConfig):
             solver["max_iterations"] = cg_steps(config.solver, updates, cap)
         facts["solver"] = SOLVERS[config.solver.kind](**solver)
+        facts["adapts"] = tuple(config.adapts)
         facts["lam"] = lam = config.lam
         if isinstance(lam, StrengthConfig):
             facts["lam"] = ProximalStrength(**_strength(lam) | {"init": lam_of(lam, updates)})

@@ -17,9 +17,10 @@ from torch import Tensor
 
 from imaml_dist.algorithms.imaml import IMAML
 from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.algorithms.part import Part
 from imaml_dist.algorithms.problem import Samples, TaskProblem
 from imaml_dist.algorithms.record import TaskRecord, task_outcome
-from imaml_dist.core.curvature import Matvec, Objective
+from imaml_dist.core.curvature import Matvec
 from imaml_dist.core.differences import central_differences, nearby_minimiser
 from imaml_dist.core.linear.solution import Outcome
 from imaml_dist.core.outcome import TaskOutcome
@@ -89,7 +90,7 @@ class TaskDiagnosis:
         outcome: name of its `TaskOutcome`.
         stationarity: `||grad G(phi)|| / ||grad G(theta)||` where the run's inner solver ends.
         distance: `||phi - theta||`.
-        smallest, largest: Ritz values of `H + Lambda` at phi, and within which bound of each an eigenvalue lies.
+        smallest, largest: Ritz values of `H + Lambda` at phi, of what adapts, and within which bound of each an eigenvalue lies.
         system: what they say.
         gauss_newton_smallest, gauss_newton_largest: Ritz values of the Gauss-Newton matrix + Lambda.
         solve: name of the linear solver's `Outcome`.
@@ -174,14 +175,16 @@ def _diagnosed(learner: MetaLearner, algorithm: IMAML, episode: EpisodeBatch) ->
     if not bool(valid):
         return TaskDiagnosis(task, TaskOutcome.BAD_EPISODE.name)
     problem = learner.problem(usable, learner.meta_parameters())
-    proximal = algorithm.proximal(problem)
+    part = algorithm.part(problem)
+    proximal = algorithm.proximal(part.problem)
     inner, meta = algorithm.meta_gradient(problem)
     exclude = getattr(algorithm.solver, "on_negative_curvature", "truncate") == "exclude"
     outcome = TaskOutcome(int(task_outcome(inner, meta, valid, exclude)))
     record = TaskRecord.of(torch.zeros(1), inner, meta, problem.query_accuracy(), problem.anchor)
-    random = _random(int(episode.key), DIRECTIONS + 1, inner.params)
-    hessian = _extremes(problem.linearise("hessian")(inner.params).curvature, proximal, random[:1])
-    gauss_newton = _extremes(problem.gauss_newton(inner.params), proximal, random[:1])
+    random, phi = _random(int(episode.key), DIRECTIONS + 1, inner.params), inner.params[:, part.places]
+    start = random[:1, part.places]
+    hessian = _extremes(part.problem.linearise("hessian")(phi).curvature, proximal, start)
+    gauss_newton = _extremes(part.problem.gauss_newton(phi), proximal, start)
     diagnosis = TaskDiagnosis(
         task,
         outcome.name,
@@ -202,12 +205,13 @@ def _diagnosed(learner: MetaLearner, algorithm: IMAML, episode: EpisodeBatch) ->
     if outcome is not TaskOutcome.OK:
         return diagnosis
     at_once = 1 if learner.execution == "loop" else 2 * DIRECTIONS
-    return _compared(diagnosis, problem, proximal, inner.params, meta.gradient[0], random, at_once)
+    return _compared(diagnosis, algorithm, part, proximal, phi, meta.gradient[0], random, at_once)
 
 
 def _compared(
     diagnosis: TaskDiagnosis,
-    problem: TaskProblem,
+    algorithm: IMAML,
+    part: Part,
     proximal: Proximal,
     phi: Tensor,
     gradient: Tensor,
@@ -215,11 +219,11 @@ def _compared(
     at_once: int,
 ) -> TaskDiagnosis:
     """The diagnosis with what follows from `phi*`."""
-    theta = problem.anchor
+    problem, theta = part.problem, part.problem.anchor
     first = torch.linalg.vector_norm(problem.linearise("hessian")(theta).gradient, dim=-1)
     best, left = nearby_minimiser(problem.support_loss, theta, phi, GOAL * first, proximal=proximal, damping=1.0)
     reached = 0.0 if float(left) == 0 else float(left / first)
-    system = _extremes(problem.linearise("hessian")(best).curvature, proximal, random[:1])
+    system = _extremes(problem.linearise("hessian")(best).curvature, proximal, random[:1, part.places])
     moved = float(torch.linalg.vector_norm(best - theta))
     diagnosis = replace(
         diagnosis,
@@ -233,12 +237,11 @@ def _compared(
         return replace(diagnosis, reference=Reference.NO_MINIMISER)
     directions = random[1:]
     found = central_differences(
-        _rows(problem, "support"),
-        _rows(problem, "query"),
-        theta[0],
+        lambda rows: algorithm.part(_repeated(part.whole, rows)).problem,
+        part.whole.anchor[0],
         best[0],
         directions,
-        STEP * (moved or 1.0) / theta.shape[1] ** 0.5,  # a Gaussian direction is about sqrt(P) long
+        STEP * (moved or 1.0) / directions.shape[1] ** 0.5,  # a Gaussian direction is about sqrt(P) long
         proximal=proximal,
         at_once=at_once,
     )
@@ -253,18 +256,18 @@ def _compared(
     return replace(diagnosis, reference=Reference.COMPARED, error=error, difference_error=own)
 
 
-def _rows(problem: TaskProblem, which: str) -> Objective:
-    """A loss of a single task under any number of rows of parameters, `[R, P] -> [R]`."""
-    samples: Samples = getattr(problem, which)
+def _repeated(problem: TaskProblem, rows: Tensor) -> TaskProblem:
+    """A single task at every one of the meta-parameters `[R, P]`."""
 
-    def repeated(value: Tensor, rows: int) -> Tensor:
-        return value.expand(rows, *value.shape[1:]).contiguous()
+    def repeated(value: Tensor) -> Tensor:
+        return value.expand(len(rows), *value.shape[1:]).contiguous()
 
-    def loss(params: Tensor) -> Tensor:
-        key = None if samples.key is None else repeated(samples.key, len(params))
-        return problem.loss_on(Samples(repeated(samples.x, len(params)), repeated(samples.y, len(params)), key))(params)
+    def all_of(samples: Samples) -> Samples:
+        key = None if samples.key is None else repeated(samples.key)
+        return Samples(repeated(samples.x), repeated(samples.y), key)
 
-    return loss
+    support, query = all_of(problem.support), all_of(problem.query)
+    return replace(problem, anchor=rows, support=support, query=query, query_outputs=[])
 
 
 def _extremes(curvature: Matvec, proximal: Proximal, start: Tensor) -> Ritz:

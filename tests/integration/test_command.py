@@ -260,6 +260,11 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_t
     [
         (["run.stepps=3"], "run.stepps: is not a known field; did you mean run.steps?"),
         (["algorithm.lam=0"], "algorithm.lam: 0 given, should be greater than 0"),
+        (["algorithm.adapts=[tail]"], "algorithm.adapts: 'tail' is no parameter and begins none; there are "),
+        (
+            ["algorithm={kind: anil, head: [tail]}"],
+            "algorithm.head: 'tail' is no parameter and begins none; there are ",
+        ),
         (["data.url=nowhere"], "data.url: nowhere has no index.json"),
         (["data.way=9"], "data.way: 9 classes per episode, but the val split"),
         (["data.url=gs://bucket/x"], "scheme 'gs' is not supported"),

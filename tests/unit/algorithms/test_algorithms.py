@@ -261,6 +261,5 @@ def test_misuse_is_refused(make, match):
 
 
 def test_an_unknown_head_is_refused():
-    subject = learner(ANIL(INNER, ("tail",)))
-    with pytest.raises(ValueError, match=r"'tail' is no parameter"):
-        subject.task_gradients(Blobs().episodes(0, range(1)))
+    with pytest.raises(ValueError, match=r"head: 'tail' is no parameter"):
+        learner(ANIL(INNER, ("tail",)))

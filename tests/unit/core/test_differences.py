@@ -1,5 +1,7 @@
 """Central differences through the inner solve against closed forms, and what they say where there is no derivative."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from helpers.problems import Quadratics, TanhRegression, dense_hessian, minimise
@@ -11,6 +13,11 @@ from imaml_dist.core.proximal.scalar import ScalarProximal
 LAM = 0.5
 
 
+def anywhere(support_loss, query_loss):
+    """A task in which all parameters adapt, whose losses are the same wherever theta is."""
+    return lambda theta: SimpleNamespace(anchor=theta, support_loss=support_loss, query_loss=query_loss)
+
+
 def _draw(*shape, seed):
     return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
 
@@ -18,8 +25,7 @@ def _draw(*shape, seed):
 def test_on_a_quadratic_task_they_are_the_closed_form():
     problem, theta, directions = Quadratics.random(1, 9, seed=1), _draw(1, 9, seed=2), _draw(3, 9, seed=3)
     found = central_differences(
-        problem.support_loss,
-        problem.query_loss,
+        anywhere(problem.support_loss, problem.query_loss),
         theta[0],
         problem.solution(theta, LAM)[0],
         directions,
@@ -40,7 +46,7 @@ def test_on_a_network_with_an_indefinite_hessian_they_are_the_implicit_gradient(
     at = best.clone().requires_grad_(True)
     (v,) = torch.autograd.grad(problem.query_loss(at).sum(), at)
     truth = LAM * directions @ torch.linalg.solve(system, v[0])
-    arguments = (problem.support_loss, problem.query_loss, theta[0], best[0], directions)
+    arguments = (anywhere(problem.support_loss, problem.query_loss), theta[0], best[0], directions)
     errors = []
     for step in (4e-2, 1e-4):
         found = central_differences(*arguments, step, proximal=ScalarProximal(LAM), at_once=at_once)
@@ -93,8 +99,10 @@ def test_the_bias_of_a_truncated_inner_solve_shows_where_two_steps_agree():
         _draw(4, size, seed=9),
     )
     found = central_differences(
-        lambda p: 0.5 * torch.einsum("ti,ij,tj->t", p, hessian, p) - p @ pull,
-        lambda p: 0.5 * ((p - target) ** 2).sum(-1),
+        anywhere(
+            lambda p: 0.5 * torch.einsum("ti,ij,tj->t", p, hessian, p) - p @ pull,
+            lambda p: 0.5 * ((p - target) ** 2).sum(-1),
+        ),
         theta,
         best,
         directions,
@@ -117,8 +125,7 @@ def test_where_the_minimiser_is_a_kink_it_is_said():
     _, left = nearby_minimiser(kinked, one, one, 1e-8 * one[:, 0], proximal=ScalarProximal(LAM), damping=1.0)
     assert float(left) > 1
     found = central_differences(
-        kinked,
-        kinked,
+        anywhere(kinked, kinked),
         one[0],
         torch.zeros(4, dtype=torch.float64),
         _draw(2, 4, seed=1),
@@ -135,7 +142,7 @@ def test_a_loss_that_is_not_finite_is_no_derivative():
     one = torch.ones(1, 4, dtype=torch.float64)
     _, left = nearby_minimiser(broken, one, one, 1e-8 * one[:, 0], proximal=ScalarProximal(LAM), damping=1.0)
     assert left.isnan().all()
-    found = central_differences(broken, broken, one[0], one[0], one, 1e-3, proximal=ScalarProximal(LAM))
+    found = central_differences(anywhere(broken, broken), one[0], one[0], one, 1e-3, proximal=ScalarProximal(LAM))
     assert found.values.isnan().all()
 
 
@@ -144,8 +151,7 @@ def test_what_cannot_be_done_is_refused(step, at_once):
     one = torch.ones(3)
     with pytest.raises(ValueError, match="need step > 0 and at_once >= 1"):
         central_differences(
-            lambda p: p.sum(-1),
-            lambda p: p.sum(-1),
+            anywhere(lambda p: p.sum(-1), lambda p: p.sum(-1)),
             one,
             one,
             one[None],
