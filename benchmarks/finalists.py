@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("pipelines/configs/omniglot.yaml"))
     parser.add_argument("--data", default="data/omniglot")
     parser.add_argument("--runs", type=Path, default=Path("runs/finalists"))
-    parser.add_argument("--methods", nargs="+", default=["imaml", "fomaml", "reptile", "maml", "reference"])
+    parser.add_argument("--methods", nargs="+", default=["imaml", "anil", "fomaml", "reptile", "reference", "maml"])
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
@@ -103,7 +103,9 @@ def main() -> None:
         ]
 
     cost = report["seconds_per_task"]
-    affordable = {method: round(options.steps * cost["imaml"] / cost[method]) for method in methods}
+    if not all(cost.get(method) for method in methods):
+        raise SystemExit("the report has no seconds of a task; let operators.py run with --turns")
+    affordable = {method: max(1, round(options.steps * cost["imaml"] / cost[method])) for method in methods}
     tasks = {method: runs(method, options.steps) for method in methods}
     seconds = {method: runs(method, steps) for method, steps in affordable.items()}
     equal = {"tasks": tasks, "seconds": seconds}

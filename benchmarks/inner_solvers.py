@@ -1,6 +1,6 @@
 """Which inner solver reaches a stationary point at the least cost, and is the system of the implicit gradient positive definite there?
 
-imaml train pipelines/configs/omniglot.yaml --set model.activation=silu --set run.steps=200 --run-dir runs/silu
+imaml train pipelines/configs/omniglot.yaml --set 'algorithm={kind: imaml}' --set run.steps=200 --run-dir runs/silu
 python benchmarks/inner_solvers.py runs/silu --json inner_solvers.json
 
 Test tasks at the meta-parameters of a run, in float64: every solver with every Lambda, one strength for all parameters or another

@@ -10,7 +10,8 @@ before and after, at equal seconds. Every method gets nine trials (its own setti
 changed in one way after the other. Where it is interrupted or its minutes are over, the same command goes on; cells that are done are
 read. Before one is chosen, and at the end, cells take turns with meta-steps at the network that they ended with, and seconds are
 counted with the processor time that a task costs there: what else the machine did while they were trained matters little then. Trials are
-unlike in one thing: the configuration that all begin with was once made for the implicit method.
+unlike in one thing: the configuration that all begin with was made for the implicit method, whose head adapts alone. ANIL, which
+differentiates through the loop of the head alone, tells what of it is due to that.
 
 Of every cell: stationarity and linear residual, the cosine of the meta-gradient to the first-order one, norm(phi - theta), the
 outcomes of the linear solves (means over the last 20 steps); and, in float64 on `PROBED` val tasks at the end, the smallest

@@ -111,10 +111,7 @@ class IMAML:
             return self._meta_gradient(problem)
         part = Part.of(problem, self.adapts)
         inner, meta = self._meta_gradient(part.problem)
-        assert meta.solution is not None
-        fallback = getattr(self.solver, "on_negative_curvature", "truncate") == "gauss_newton"
-        redone = meta.solution.outcome == int(Outcome.NEGATIVE_CURVATURE) if fallback else None
-        meta = part.meta_gradient(inner, meta, self.solver.operator, redone)
+        meta = part.meta_gradient(inner, meta)
         return replace(inner, params=part.all(inner.params), curvature=None), meta
 
     def part(self, problem: TaskProblem) -> Part:
@@ -193,6 +190,7 @@ class IMAML:
             outcome=torch.where(redo & (new.outcome == int(Outcome.NON_FINITE)), new.outcome, old.outcome),
             iterations=chosen(new.iterations, old.iterations),
             residual=chosen(new.residual, old.residual),
+            unsolved=None if new.unsolved is None else redo & new.unsolved,
         )
         own = {name: chosen(again.own[name], row) for name, row in meta.own.items()}
         return replace(meta, gradient=chosen(again.gradient, meta.gradient), solution=solution, own=own)

@@ -119,7 +119,7 @@ class LBFGS:
     """Quasi-Newton steps with a line search, one gradient each.
 
     Attributes:
-        lr: the first step is `-lr grad G`; > 0.
+        lr: the first step is `-lr M grad G`, M the identity where Lambda is one number (`core.inner.lbfgs`); > 0.
         steps: gradients at most, besides the first.
         memory: pairs of steps and gradient changes that the curvature is learned from.
         tolerance: a task stops when `||grad G(phi)|| <= tolerance ||grad G(theta)||`.

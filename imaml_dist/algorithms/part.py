@@ -10,21 +10,19 @@ That is the limit of iMAML's gradient for all parameters where the strength of b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from imaml_dist.algorithms.problem import Operator, Samples, TaskProblem
-from imaml_dist.core.curvature import Matvec, gauss_newton_operator, hessian_operator
+from imaml_dist.algorithms.problem import Samples, TaskProblem
+from imaml_dist.core.curvature import hessian_operator
 from imaml_dist.core.implicit import MetaGradient, query_gradient
 from imaml_dist.core.inner.solution import InnerSolution
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.head import find_head
 from imaml_dist.models.part import HeadAlone, Restricted, names_under, places_of, sublayout
-
-Products = Mapping[Operator, Callable[[], Matvec]]
 
 
 @dataclass(frozen=True)
@@ -39,6 +37,13 @@ class Features:
     theta: Tensor
     support: Tensor
     query: Tensor
+
+    def pull_back(self, which: Tensor, cotangent: Tensor) -> Tensor:
+        """Gradient with respect to theta `[T, P]` of one of them along a cotangent; zero where it does not depend on theta."""
+        if not which.requires_grad:
+            return torch.zeros_like(self.theta)
+        (found,) = torch.autograd.grad(which, self.theta, cotangent, materialize_grads=True)
+        return found
 
 
 @dataclass(frozen=True)
@@ -100,16 +105,14 @@ class Part:
         """theta `[T, P]` with `adapted` `[T, E]` in its places."""
         return self.whole.anchor.index_copy(-1, self.places, adapted)
 
-    def meta_gradient(
-        self, inner: InnerSolution, meta: MetaGradient, operator: Operator, redone: Tensor | None = None
-    ) -> MetaGradient:
+    def meta_gradient(self, inner: InnerSolution, meta: MetaGradient) -> MetaGradient:
         """The meta-gradient of all parameters from that of those that adapt.
+
+        H_bw is the Hessian's block, whatever matrix the system was solved with: it is multiplied with once and inverted never.
 
         Args:
             inner: the solved inner problem.
             meta: its implicit gradient, with the linear solve.
-            operator: the curvature that was solved with; its block `H_bw` is used.
-            redone: `[T]` bool, tasks that were solved with the Gauss-Newton matrix instead.
         """
         assert meta.solution is not None
         u = meta.solution.value
@@ -118,47 +121,24 @@ class Part:
         if self.features is None:
             phi = self.all(inner.params)
             first_order = query_gradient(self.whole.query_loss, phi)[1]
-            products: Products = {
-                "hessian": lambda: hessian_operator(self.whole.support_loss, phi),
-                "gauss_newton": lambda: self.whole.gauss_newton(phi),
-            }
             direction = torch.zeros_like(phi).index_copy(-1, self.places, u)
-            shared = first_order - _product(products, direction, operator, redone)
+            shared = first_order - hessian_operator(self.whole.support_loss, phi)(direction)
         else:
-            first_order, shared = self._through_features(self.features, inner.params, u, operator, redone)
+            first_order, shared = self._through_features(self.features, inner.params, u)
             first_order = first_order.index_copy(-1, self.places, meta.first_order)
         return replace(meta, gradient=shared.index_copy(-1, self.places, meta.gradient), first_order=first_order)
 
-    def _through_features(
-        self, features: Features, adapted: Tensor, u: Tensor, operator: Operator, redone: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """`(v, v - H_bw u)` where b lies, from the blocks of the head's curvature between its parameters and the features z."""
-        predict, loss, given = self.problem.functional.predict, self.whole.loss, features.support
-        entries = adapted.shape[1]
-
-        def outputs(both: Tensor) -> Tensor:
-            return predict(both[:, :entries], both[:, entries:].reshape(given.shape))
+    def _through_features(self, features: Features, adapted: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        """`(v, v - H_bw u)` where b lies, from the Hessian of the head's loss in its parameters w and its features z."""
+        predict, loss, given, entries = self.problem.functional.predict, self.whole.loss, features.support, u.shape[1]
 
         def support_loss(both: Tensor) -> Tensor:
-            return loss(outputs(both), self.whole.support.y)
+            w, z = both[:, :entries], both[:, entries:].reshape(given.shape)
+            return loss(predict(w, z), self.whole.support.y)
 
         both = torch.cat([adapted, given.detach().flatten(1)], dim=1)
-        products: Products = {
-            "hessian": lambda: hessian_operator(support_loss, both),
-            "gauss_newton": lambda: gauss_newton_operator(outputs, lambda o: loss(o, self.whole.support.y), both),
-        }
         direction = torch.cat([u, torch.zeros_like(both[:, entries:])], dim=1)
-        pulled = _product(products, direction, operator, redone)[:, entries:].reshape(given.shape)
+        pulled = hessian_operator(support_loss, both)(direction)[:, entries:].reshape(given.shape)
         _, pushed = query_gradient(lambda z: loss(predict(adapted, z), self.whole.query.y), features.query)
-        (v,) = torch.autograd.grad(features.query, features.theta, pushed, materialize_grads=True)
-        (hu,) = torch.autograd.grad(given, features.theta, pulled, materialize_grads=True)
-        return v, v - hu
-
-
-def _product(products: Products, direction: Tensor, operator: Operator, redone: Tensor | None) -> Tensor:
-    """`C p` with each task's own curvature C."""
-
-    found = products[operator]()(direction)
-    if redone is None or not bool(redone.any()):
-        return found
-    return torch.where(redone[:, None], products["gauss_newton"]()(direction), found)
+        v = features.pull_back(features.query, pushed)
+        return v, v - features.pull_back(given, pulled)

@@ -18,6 +18,9 @@ from imaml_dist.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 
+_SOLVE = ("lbfgs", "newton_cg")
+"""Inner solvers that make sense with a proximal term alone."""
+
 
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's numbers (`1e-6` is one), no duplicate keys, no aliases."""
@@ -52,8 +55,8 @@ _Loader.add_implicit_resolver(
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
     """Read a configuration file and apply `a.b=value` overrides, whose values are YAML.
 
-    An override of a section's `kind` drops the fields of the file that the new kind does not have (an inner solver, too, that is
-    not for the new algorithm), and one of
+    An override of a section's `kind` drops the fields of the file that the new kind does not have (of `algorithm.kind` an inner solver
+    such as L-BFGS too, which is for a proximal term), and one of
     `algorithm.preset` those that the preset decides, so that either is one switch; fields set by an override are never
     dropped.
 
@@ -198,8 +201,8 @@ def _drop_what_no_longer_applies(raw: dict[str, Any], overridden: set[str]) -> N
             fields = _fields_of_kind(path, raw)
             if path == "algorithm.inner" and path in switched:
                 fields = {"kind"}  # another inner solver's rate and steps mean something else
-            elif path == "algorithm.inner" and fields is None and fields_given.get("kind") in _kinds_of_inner():
-                fields = set()  # the file's inner solver is not for this algorithm, which has its own
+            elif path == "algorithm.inner" and path not in overridden and fields_given.get("kind") in _SOLVE:
+                fields = set()  # another algorithm's inner loop is descent, with numbers of its own
             given = {name for name in fields_given if any(o.startswith(f"{path}.{name}") for o in overridden)}
             holder[inner or outer] = {
                 n: v for n, v in fields_given.items() if fields is None or n in fields or n in given
@@ -218,12 +221,6 @@ def _fields_of_kind(path: str, raw: dict[str, Any]) -> set[str] | None:
         if not models:
             return None
     return set(models[0].model_fields)
-
-
-def _kinds_of_inner() -> set[Any]:
-    """Of the inner solvers of all algorithms."""
-    algorithms = _models_of(ExperimentConfig, "algorithm")
-    return {m.model_fields["kind"].default for a in algorithms for m in _models_of(a, "inner")}
 
 
 def _sentence(error: Any, raw: Any, root: type[BaseModel]) -> str:

@@ -68,7 +68,8 @@ def cautions(records: Sequence[Mapping[str, Any]]) -> list[Caution] | None:
             Caution(
                 f"stationarity {stationarity:.2g}, should be at most {STATIONARY}",
                 "Adaptation ends far from a minimum of the inner objective, and only at a minimum does the formula hold.",
-                "Take inner.kind lbfgs or newton_cg with a tolerance, more inner steps, or a larger lam; "
+                "Let the head alone adapt (algorithm.adapts), take inner.kind lbfgs or newton_cg with a tolerance, more inner steps, or a "
+                "larger lam; "
                 "a network with kinks (ReLU, max pooling) may have no such minimum.",
             )
         )
@@ -87,7 +88,8 @@ def cautions(records: Sequence[Mapping[str, Any]]) -> list[Caution] | None:
                 f"negative curvature in {negative / solves:.0%} of the linear solves, should be at most {MOST:.0%}",
                 "The system is not positive definite where adaptation ends, so that end is no minimum, and most tasks take the fallback "
                 "that solver.on_negative_curvature names.",
-                "Solve the inner problem first (stationarity above), raise lam, or take operator gauss_newton.",
+                "Let the head alone adapt (algorithm.adapts), whose system is positive definite; or solve the inner problem first "
+                "(stationarity above), raise lam, or take operator gauss_newton.",
             )
         )
     if cosine is not None and cosine > FIRST_ORDER:

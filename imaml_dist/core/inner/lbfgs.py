@@ -49,7 +49,7 @@ def lbfgs(
     are left out, so B stays positive definite; a direction that is no descent in rounding, or along which no length does, makes way
     for `-c M grad G` and its task forgets its pairs.
 
-    Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`, two more and two of `Lambda^-1` with a Lambda that
+    Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`, two more and two or three of `Lambda^-1` with a Lambda that
     is not one number. Memory: `2 memory` vectors of that size. The curvature that
     is handed on comes with the last gradient where every task that still moves takes the last step, else with one more.
 

@@ -75,15 +75,14 @@ def test_it_is_the_implicit_gradient_by_dense_algebra(adapts):
         torch.testing.assert_close(found.tasks.cosine[t], cosine, rtol=1e-8, atol=1e-10)
 
 
-@pytest.mark.parametrize("operator", ["hessian", "gauss_newton"])
-def test_it_is_the_limit_of_strengths_without_end(operator):
+def test_it_is_the_limit_of_strengths_without_end():
     """The difference to a strength s for the others falls as 1 / s."""
-    episodes, part = blobs(), learner(IMAML(LAM, SOLVED, exact(operator), adapts=HEAD))
+    episodes, part = blobs(), learner(IMAML(LAM, SOLVED, exact(), adapts=HEAD))
     found, differences = part.task_gradients(episodes).rows, []
     others = [n for n in part.functional.layout.names if not n.startswith(HEAD[0])]
     for strength in (1e3, 1e4, 1e5):
         lam = ProximalStrength("per_layer", LAM, layers=tuple((n, strength) for n in others))
-        rows = learner(IMAML(lam, LBFGS(steps=150, tolerance=1e-13), exact(operator))).task_gradients(episodes).rows
+        rows = learner(IMAML(lam, LBFGS(steps=150, tolerance=1e-13), exact())).task_gradients(episodes).rows
         differences.append((rows - found).norm(dim=1) / found.norm(dim=1))
     assert (differences[0] < 0.01).all()
     for before, after in itertools.pairwise(differences):
@@ -98,13 +97,14 @@ def test_central_differences_through_the_inner_solve_agree(adapts):
         assert task.error < 1e-6 and task.difference_error < 1e-6
 
 
-def test_the_head_of_gauss_newton_is_solved_exactly_by_the_dual():
-    episodes = blobs()
+def test_a_linear_head_is_solved_exactly_by_gauss_newton_and_the_dual():
+    """Its Hessian in its own parameters is the Gauss-Newton matrix; the block between them and what is shared is the Hessian's."""
     rows = [
-        learner(IMAML(LAM, SOLVED, s, adapts=HEAD)).task_gradients(episodes).rows
-        for s in (exact("gauss_newton"), Dual())
+        learner(IMAML(LAM, SOLVED, solver, adapts=HEAD)).task_gradients(blobs()).rows
+        for solver in (exact(), exact("gauss_newton"), Dual())
     ]
-    torch.testing.assert_close(rows[1], rows[0], rtol=1e-8, atol=1e-10)
+    for found in rows[1:]:
+        torch.testing.assert_close(found, rows[0], rtol=1e-8, atol=1e-10)
 
 
 class Scaled(nn.Module):
@@ -158,7 +158,7 @@ def test_features_of_a_convolutional_network_are_computed_once_for_all_steps(exe
     torch.testing.assert_close(found.tasks.to_rows(), expected.tasks.to_rows(), rtol=1e-7, atol=1e-9)
 
 
-def test_a_task_that_falls_back_to_gauss_newton_does_so_for_what_is_shared_too():
+def test_a_task_that_falls_back_to_gauss_newton_is_that_of_gauss_newton():
     """A hidden layer, whose Hessian is indefinite in some tasks and not in others."""
     solver = ConjugateGradient(12, "hessian", on_negative_curvature="gauss_newton")
     algorithm = IMAML(0.3, GradientDescent(0.1, 2), solver, adapts=("layers.1",))
@@ -169,6 +169,24 @@ def test_a_task_that_falls_back_to_gauss_newton_does_so_for_what_is_shared_too()
     for operator, tasks in (("hessian", ~redone), ("gauss_newton", redone)):
         alone = learner(replace(algorithm, solver=ConjugateGradient(12, operator))).task_gradients(episodes)
         torch.testing.assert_close(mixed.rows[tasks], alone.rows[tasks], rtol=1e-9, atol=1e-11)
+
+
+class Unused(nn.Module):
+    """A frozen body, a head, and a parameter that nothing depends on."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head, self.spare = nn.Linear(4, 5), nn.Linear(5, WAY), nn.Parameter(torch.ones(2))
+        self.body.requires_grad_(False)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.body(x.flatten(1))))
+
+
+def test_what_nothing_depends_on_has_no_gradient():
+    subject = MetaLearner(Unused().double(), IMAML(LAM, adapts=("head",)), execution="vmap")
+    found = subject.layout.unflatten(subject.task_gradients(blobs()).rows)
+    assert not found["spare"].any() and found["head.weight"].any()
 
 
 def test_a_task_whose_solve_takes_no_step_keeps_the_first_order_direction():

@@ -173,13 +173,14 @@ def test_every_algorithm_inner_solver_and_linear_solver_is_one_switch():
         config("algorithm.kind=maml", "algorithm.inner.kind=newton_cg", algorithm=raw)
 
 
-@pytest.mark.parametrize("kind", ["maml", "reptile", "anil", "meta_sgd"])
-def test_an_inner_solver_of_the_file_makes_way_for_an_algorithm_that_cannot_take_it(kind):
+@pytest.mark.parametrize("kind", ["maml", "fomaml", "reptile", "anil", "meta_sgd"])
+def test_an_inner_solver_that_is_for_a_proximal_term_makes_way_for_another_algorithms_descent(kind):
     raw = {"kind": "imaml", "inner": {"kind": "lbfgs", "steps": 7}}
     assert config(f"algorithm.kind={kind}", algorithm=raw).algorithm.inner == GradientDescentConfig()
     taken = config(f"algorithm.kind={kind}", "algorithm.inner.lr=0.2", algorithm=raw).algorithm.inner
     assert taken == GradientDescentConfig(lr=0.2)
-    assert config("algorithm.kind=fomaml", algorithm=raw).algorithm.inner == LBFGSConfig(steps=7)
+    chosen = config("algorithm.kind=fomaml", "algorithm.inner={kind: lbfgs, steps: 7}", algorithm=raw)
+    assert chosen.algorithm.inner == LBFGSConfig(steps=7)
     with pytest.raises(ConfigError, match=r"algorithm\.inner\.kind: 'lbgfs' given"):
         config(f"algorithm.kind={kind}", algorithm={"kind": "imaml", "inner": {"kind": "lbgfs"}})
 
