@@ -40,7 +40,7 @@ def workspace(tmp_path_factory):
             (folder / "pipelines" / "configs" / path.name).write_text(yaml.safe_dump(two_trials(config)))
             continue
         # The seconds are for commands that set their own number of steps.
-        config["run"] |= {"steps": 2, "max_seconds": 3, "backend": "local", "tasks_per_step": 4}
+        config["run"] |= {"steps": 2, "max_seconds": 3, "backend": "local", "tasks_per_step": 4, "chunk": 4}
         config["algorithm"]["inner"]["steps"] = 1
         config["model"]["channels"] = 4
         config["validate"]["tasks"] = config["evaluate"]["tasks"] = 4
