@@ -24,7 +24,8 @@ from imaml_dist.storage.opening import open_storage
 from imaml_dist.sweeps.feasible import check_feasible
 
 SMALL = ("run.steps=3", "run.checkpoint_every=1", "run.backend=local", "model.channels=4", "algorithm.inner.steps=1",
-         "run.tasks_per_step=4", "run.chunk=4", "outer.schedule=constant", "validate.tasks=0", "evaluate.tasks=4", "tracking.mlflow=false")  # fmt: skip
+         "run.tasks_per_step=4", "run.chunk=4",
+         "outer.schedule=constant", "validate.tasks=0", "evaluate.tasks=4", "tracking.mlflow=false")  # fmt: skip
 
 
 def test_the_jobs_commands_train_and_evaluate_on_object_storage(moto_bucket, data, tmp_path, monkeypatch):
