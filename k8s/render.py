@@ -59,7 +59,10 @@ def gpu(image_name: str) -> dict[str, dict[str, Any]]:
     options = _options(
         image_name, memory="24Gi", shm="8Gi", head_cpus=4, head_memory="16Gi", node_selector={"imaml/pool": "gpu"}
     )
-    config = load_config(CONFIG, ["run.device=cuda", "run.max_seconds=null", "run.workers={min: 2, max: 8}"])
+    # Eight chunks, one for every worker at most.
+    config = load_config(
+        CONFIG, ["run.device=cuda", "run.max_seconds=null", "run.workers={min: 2, max: 8}", "run.tasks_per_step=64"]
+    )
     job = _job("train", TRAIN, config_text(config), needs(config, quantity(options.memory, "memory")), options)
     cluster = job["spec"]["rayClusterSpec"]
     (steady,) = cluster["workerGroupSpecs"]
