@@ -216,7 +216,8 @@ class MetaLearner:
     def _as_fits(self, episodes: EpisodeBatch, theta: Tensor) -> TaskGradients:
         """In one call, or in several where memory does not do for all at once (`algorithms.memory`).
 
-        A call has two tasks at least. As many as they may be, tasks of convolutional networks have the same bits then; a task
+        A call has two tasks at least. As many as they may be, tasks of convolutional networks have the same bits then (under `vmap` as far
+        as torch's grouped convolutions have, which on CPUs without AVX-512 round images of one channel by the number of groups); a task
         alone takes another way through torch, and may differ in its last digits, so the two or three of a smallest call are lost
         if they do not fit. Under `vmap` networks with layers of odd widths may differ there in calls of other sizes too
         (`part_sizes`): what is predicted to fit in one call is never cut, and a first few are computed once more with all.

@@ -4,7 +4,7 @@ import weakref
 
 import pytest
 import torch
-from helpers.kernels import NATIVE
+from helpers.kernels import GROUPS_KEEP_BITS, NATIVE
 
 from imaml_dist import IMAML, ConjugateGradient, EpisodeBatch, GradientDescent, MetaLearner
 from imaml_dist.algorithms.record import TaskRecord
@@ -12,7 +12,7 @@ from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.models.conv4 import Conv4
 
 TASKS, WAY = 9, 3
-EXECUTIONS = ["vmap", pytest.param("native", marks=NATIVE)]
+EXECUTIONS = [pytest.param("vmap", marks=GROUPS_KEEP_BITS), pytest.param("native", marks=NATIVE)]
 
 
 @pytest.fixture
@@ -64,9 +64,10 @@ def test_a_task_has_the_same_bits_with_any_number_of_others_from_two_on(executio
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("most", [2, 3, 4, 5, 8])
-def test_where_memory_does_not_do_for_all_they_are_computed_in_parts_with_the_same_bits(most, monkeypatch):
-    expected = learner("vmap").task_gradients(episodes())
-    subject = learner("vmap")
+@pytest.mark.parametrize("execution", EXECUTIONS)
+def test_where_memory_does_not_do_for_all_they_are_computed_in_parts_with_the_same_bits(execution, most, monkeypatch):
+    expected = learner(execution).task_gradients(episodes())
+    subject = learner(execution)
     sizes = limited(subject, most, monkeypatch)
     found = subject.task_gradients(episodes())
     if most >= 3:  # nine tasks end up in threes and twos
