@@ -85,7 +85,7 @@ class Part:
             return Part(whole, whole, places, None)
         anchor, layout = whole.anchor[:, places], sublayout(functional.layout, names)
         head = find_head(functional, names, support.x, support.key)
-        if head is None or set(head.names) != set(names):
+        if head is None or head.names != names:
             restricted = Restricted(functional, whole.anchor, places, layout)
             return Part(whole, replace(whole, functional=restricted, anchor=anchor), places, None)
         with torch.set_grad_enabled(query):
@@ -94,7 +94,7 @@ class Part:
             on_query = head.features(theta, whole.query.x, whole.query.key) if query else on_support
         problem = replace(
             whole,
-            functional=HeadAlone(head, whole.anchor),
+            functional=HeadAlone(head),
             anchor=anchor,
             support=Samples(on_support.detach(), support.y),
             query=Samples(on_query.detach(), whole.query.y if query else support.y),

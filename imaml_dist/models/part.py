@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -42,10 +43,9 @@ class UnknownParameterError(ValueError):
 
 @dataclass(frozen=True)
 class HeadAlone:
-    """The head of a model as a function of its parameters and of the features that it is given."""
+    """The head of a model, all of whose parameters adapt, as a function of these and of the features that it is given."""
 
     head: Head
-    theta: Tensor
 
     @property
     def layout(self) -> ParameterLayout:
@@ -59,7 +59,7 @@ class HeadAlone:
 
     def predict(self, params: Tensor, x: Tensor, key: Tensor | None = None) -> Tensor:
         """Outputs from parameters `[T, E]` and features `[T, n, ...]`."""
-        return self.head.outputs(params, self.theta[:1].expand(len(params), -1), x)
+        return self.head.alone.predict(params, x)
 
     def samples_independent(self, x: Tensor, key: Tensor | None = None) -> bool:
         """See `Predictor`."""
@@ -112,7 +112,8 @@ def sublayout(layout: ParameterLayout, names: Sequence[str]) -> ParameterLayout:
     return ParameterLayout(tuple(names), tuple(shapes[name] for name in names))
 
 
-def places_of(layout: ParameterLayout, names: Sequence[str], device: torch.device) -> Tensor:
+@lru_cache(maxsize=8)
+def places_of(layout: ParameterLayout, names: tuple[str, ...], device: torch.device) -> Tensor:
     """Where the entries of these parameters are in the flat vector, ascending."""
     chosen = [torch.full((size,), name in names) for name, size in zip(layout.names, layout.sizes, strict=True)]
     return torch.cat(chosen).nonzero().squeeze(-1).to(device)
