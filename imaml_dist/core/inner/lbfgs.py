@@ -50,8 +50,8 @@ def lbfgs(
     for `-c M grad G` and its task forgets its pairs.
 
     Cost of a step: a gradient and `4 memory + 6` passes over `[T, P]`, two more and two or three of `Lambda^-1` with a Lambda that
-    is not one number. Memory: `2 memory` vectors of that size. The curvature that
-    is handed on comes with the last gradient where every task that still moves takes the last step, else with one more.
+    is not one number. Memory: `2 memory` vectors of that size. The curvature that is handed on comes with the last gradient where
+    every task that still moves takes the last step, else with one more.
 
     Args:
         objective: support loss L, `[T, P] -> [T]`.
@@ -120,7 +120,8 @@ def lbfgs(
         if step == steps - 1:
             break
         pairs = _kept(pairs, (s, y, torch.where(known, 1.0 / sy, 0.0)), known | ~active, memory)
-        scale = torch.where(known, sy / dot(y, metric(y)), scale)
+        along = metric(y)
+        scale = torch.where(known, sy / (yy if along is y else dot(y, along)), scale)
         length = torch.where(accepted, 1.0, 0.5 * length)
         fresh = torch.where(accepted[:, None], -_two_loops(gradient, pairs, scale, metric), direction)
         lost = active & ((length < SHORTEST) & _has_any(pairs, length) | (dot(fresh, gradient) >= 0))
