@@ -3,10 +3,11 @@
 python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json
 python benchmarks/finalists.py operators.json --data data/omniglot --json finalists.json --png finalists.png
 
-Settings are those that `operators.py` found, with the same number of trials for every method. Every run is `imaml train` with two
-workers, a linear schedule and the same number of steps: equal tasks. For equal seconds a method gets as many steps as fit into the time
-of the implicit one's, by the processor time that a task cost each when they took turns (`seconds_per_task` of the report), with the
-schedule stretched over them. That a run's result does not depend on what else the machine does is what makes this possible.
+Settings are those that `operators.py` found, with the same number of trials for every method: that which was best at equal tasks, and
+that which was best at equal seconds. Every run is `imaml train` with two workers and a linear schedule; at equal tasks, with the same
+number of steps. For equal seconds a method gets as many steps as fit into the time of the implicit one's, by the processor time
+that a task cost each when they took turns (`seconds_per_task` of the report), with the schedule stretched over them. That a run's
+result does not depend on what else the machine does is what makes this possible.
 Accuracies are of `imaml train`'s own test at the end. The same command goes on where it was interrupted.
 """
 
@@ -35,14 +36,20 @@ def train(config: Path, run: Path, overrides: list[str]) -> Row:
     return {key: found[key] for key in keys}
 
 
-def settings_of(report: dict[str, Any], options: argparse.Namespace) -> dict[str, list[str]]:
-    """The best overrides of each method."""
+def settings_of(report: dict[str, Any], options: argparse.Namespace) -> dict[str, dict[str, Row]]:
+    """By method, the cell that was best at equal tasks and that at equal seconds."""
     counts = {method: len(report["stages"].get(method, [])) for method in options.methods}
     if len(set(counts.values())) != 1:
         raise SystemExit(
             f"the methods were not tried as often as each other ({counts}); let operators.py run to its end first"
         )
-    return {method: report["best"][method] for method in options.methods}
+    found = {}
+    for method in options.methods:
+        cells = {cell["name"]: cell for cell in report["stages"][method]}
+        found[method] = {what: cells[name] for what, name in report["best"][method].items()}
+    if not all("seconds_per_task" in cell for best in found.values() for cell in best.values()):
+        raise SystemExit("the report has no seconds of a task; let operators.py run with --turns")
+    return found
 
 
 def spread(rows: list[Row]) -> str:
@@ -83,7 +90,7 @@ def main() -> None:
     report = json.loads(options.report.read_text())
     methods = settings_of(report, options)
 
-    def runs(method: str, steps: int) -> list[Row]:
+    def runs(method: str, what: str, steps: int) -> list[Row]:
         alike = [
             f"data.url={options.data}",
             f"run.workers={options.workers}",
@@ -96,25 +103,33 @@ def main() -> None:
         return [
             train(
                 options.config,
-                options.runs / f"{method}-{steps}-{seed}",
-                [*alike, *methods[method], f"run.seed={seed}"],
+                options.runs / f"{method}-{what}-{steps}-{seed}",
+                [*alike, *methods[method][what]["overrides"], f"run.seed={seed}"],
             )
             for seed in range(options.seeds)
         ]
 
-    cost = report["seconds_per_task"]
-    if not all(cost.get(method) for method in methods):
-        raise SystemExit("the report has no seconds of a task; let operators.py run with --turns")
-    affordable = {method: max(1, round(options.steps * cost["imaml"] / cost[method])) for method in methods}
-    tasks = {method: runs(method, options.steps) for method in methods}
-    seconds = {method: runs(method, steps) for method, steps in affordable.items()}
+    budget = options.steps * methods["imaml"]["seconds"]["seconds_per_task"]
+    affordable = {
+        method: max(1, round(budget / best["seconds"]["seconds_per_task"])) for method, best in methods.items()
+    }
+    tasks = {method: runs(method, "tasks", options.steps) for method in methods}
+    seconds = {
+        method: tasks[method]
+        if (best["tasks"], options.steps) == (best["seconds"], affordable[method])
+        else runs(method, "seconds", affordable[method])
+        for method, best in methods.items()
+    }
     equal = {"tasks": tasks, "seconds": seconds}
     print(f"| method | {options.steps} steps | tasks/s | as many seconds | steps |\n|---|---|---|---|---|")
     for method, steps in affordable.items():
         speed = statistics.median(row["tasks_per_second"] for row in tasks[method])
         print(f"| {method} | {spread(tasks[method])} | {speed:.1f} | {spread(seconds[method])} | {steps} |")
     if options.json:
-        found = {**facts(), "settings": methods, "steps": affordable, "extra": options.extra, "equal": equal}
+        settings = {
+            method: {what: cell["overrides"] for what, cell in best.items()} for method, best in methods.items()
+        }
+        found = {**facts(), "settings": settings, "steps": affordable, "extra": options.extra, "equal": equal}
         options.json.write_text(json.dumps(found, indent=1) + "\n")
     if options.png:
         draw(equal).savefig(options.png, dpi=110)

@@ -4,14 +4,15 @@ imaml prepare omniglot --out data/omniglot --source path/to/archives
 python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json --png operators.png
 
 Every cell meta-trains Conv-4 in one process of one thread, from the same initial network on the same episodes, until it has used
-both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate is constant and what is tested are the averaged iterates
-(`AVERAGE` steps). Accuracy is that on tasks of the val split, the same for all cells, at equal tasks and, by a line between the points
-before and after, at equal seconds. Every method gets nine trials (its own settings x outer rates), and the best implicit one is
-changed in one way after the other. Where it is interrupted or its minutes are over, the same command goes on; cells that are done are
-read. Before one is chosen, and at the end, cells take turns with meta-steps at the network that they ended with, and seconds are
-counted with the processor time that a task costs there: what else the machine did while they were trained matters little then. Trials are
-unlike in one thing: the configuration that all begin with was made for the implicit method, whose head adapts alone. ANIL, which
-differentiates through the loop of the head alone, tells what of it is due to that.
+both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate is constant and what is tested are the averaged
+iterates (`AVERAGE` steps). Accuracy is that on tasks of the val split, the same for all cells, at equal tasks and, by a line
+between the points before and after, at equal seconds. Every method gets nine trials (its own settings x outer rates); the best
+are told for each of the two comparisons, and the implicit one with the best mean of them is changed in one way after the other.
+Where it is interrupted or its minutes are over, the same command goes on; cells that are done are read. Before one is chosen, and
+at the end, cells take turns with meta-steps at the network that they ended with, and seconds are counted with the processor time
+that a task costs there: what else the machine did while they were trained matters little then. Trials are unlike in one thing:
+the configuration that all begin with was made for the implicit method, whose head adapts alone. ANIL, which differentiates
+through the loop of the head alone, tells what of it is due to that.
 
 Of every cell: stationarity and linear residual, the cosine of the meta-gradient to the first-order one, norm(phi - theta), the
 outcomes of the linear solves (means over the last 20 steps); and, in float64 on `PROBED` val tasks at the end, the smallest
@@ -24,6 +25,7 @@ import json
 import math
 import statistics
 import time
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
@@ -34,6 +36,11 @@ from operators_cells import FACTORS, SETTINGS, trials
 from operators_run import Cell, asked, in_turns, place, run_cell
 
 from imaml_dist.errors import ImamlError
+
+EQUAL = ("tasks", "seconds")
+
+FINALISTS_TURNS = 5
+"""Times the turns of all cells: what fits into equal seconds in the final comparison hangs on these."""
 
 
 def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
@@ -48,6 +55,11 @@ def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
             share = (value - before[key]) / (after[key] - before[key])
             return after["accuracy"] if share == 1.0 else (1 - share) * before["accuracy"] + share * after["accuracy"]
     return None
+
+
+def at_equal(cell: Cell, what: str, options: argparse.Namespace) -> float | None:
+    """Accuracy at as many tasks, or seconds, as the options ask for."""
+    return at(cell["points"], what, getattr(options, what))
 
 
 def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline: float) -> list[Cell]:
@@ -84,9 +96,19 @@ def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline
 
 
 def score(cell: Cell, options: argparse.Namespace) -> float:
-    """Accuracy at equal tasks and at equal seconds, their mean: what trials are chosen by; minus infinity where one is missing."""
-    found = [at(cell["points"], "tasks", options.tasks), at(cell["points"], "seconds", options.seconds)]
+    """Accuracy at equal tasks and at equal seconds, their mean; minus infinity where one is missing."""
+    found = [at_equal(cell, what, options) for what in EQUAL]
     return statistics.fmean(-math.inf if value is None else value for value in found)
+
+
+def finalists(cells: list[Cell], options: argparse.Namespace) -> dict[str, Cell]:
+    """The best of a method's trials at equal tasks, and that at equal seconds: they need not be the same."""
+    return {what: max(cells, key=lambda c: at_equal(c, what, options) or -math.inf) for what in EQUAL}
+
+
+def distinct(groups: Iterable[Iterable[Cell]]) -> list[Cell]:
+    """Every cell once."""
+    return list({cell["name"]: cell for cells in groups for cell in cells}.values())
 
 
 def line(cell: Cell, options: argparse.Namespace) -> str:
@@ -103,8 +125,7 @@ def line(cell: Cell, options: argparse.Namespace) -> str:
     lowest = "-" if ritz is None else f"{statistics.median(ritz):.3f}"
     ci95 = max(p["ci95"] for p in cell["points"])
     columns = (
-        percent(at(cell["points"], "tasks", options.tasks)),
-        percent(at(cell["points"], "seconds", options.seconds)),
+        *(percent(at_equal(cell, what, options)) for what in EQUAL),
         f"{100 * ci95:.1f}",
         f"{cell['tasks_per_second']:.1f}",
         number("stationarity", ".3f"),
@@ -175,19 +196,20 @@ def main() -> None:
     best: dict[str, Cell] = {}
     for method in SETTINGS:
         stages[method] = run_stage(options, trials(method), deadline)
-        in_turns(options, stages[method])
+        in_turns(options, stages[method], options.turns)
         if stages[method]:
             best[method] = max(stages[method], key=lambda c: score(c, options))
     if "imaml" in best:
         changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
         stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
-    in_turns(options, list({cell["name"]: cell for cells in stages.values() for cell in cells}.values()))
+    in_turns(options, distinct(stages.values()), options.turns)
+    chosen = {method: finalists(stages[method], options) for method in best}
+    in_turns(options, distinct(found.values() for found in chosen.values()), FINALISTS_TURNS * options.turns)
     for title, cells in stages.items():
         print(f"\n{table(title, cells, options)}")
     if options.json:
-        chosen = {method: cell["overrides"] for method, cell in best.items()}
-        cost = {method: cell.get("seconds_per_task") for method, cell in best.items()}
-        report = {**facts(), **asked(options), "best": chosen, "seconds_per_task": cost, "stages": stages}
+        names = {method: {what: cell["name"] for what, cell in found.items()} for method, found in chosen.items()}
+        report = {**facts(), **asked(options), "best": names, "stages": stages}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.png:
         draw(list(best.values())).savefig(options.png, dpi=110)

@@ -13,7 +13,7 @@ def descent(kind: str, rates: tuple[tuple[str, int], ...], *more: str) -> dict[s
 
 
 SETTINGS: dict[str, dict[str, list[str]]] = {
-    "imaml": {f"lam {lam}": [f"algorithm.lam={lam}"] for lam in ("0.01", "0.03", "0.1")},
+    "imaml": {f"lam {lam}": [f"algorithm.lam={lam}"] for lam in ("0.001", "0.003", "0.01")},
     "fomaml": descent("algorithm.kind=fomaml", (("0.1", 16), ("0.1", 5), ("0.4", 5))),
     "reptile": descent("algorithm.kind=reptile", (("0.1", 16), ("0.1", 6), ("0.03", 16))),
     "anil": descent("algorithm.kind=anil", (("0.1", 16), ("0.4", 5), ("0.4", 16))),
@@ -64,7 +64,8 @@ FACTORS: dict[str, list[str]] = {
     "5 CG steps, Nystrom 5": [*CG5, "algorithm.solver.preconditioner=nystrom", "algorithm.solver.rank=5"],
     "damping 0.1": ["algorithm.solver.damping=0.1"],
     "L-BFGS 8": ["algorithm.inner.steps=8"],
-    "L-BFGS to 1e-5, at most 100": ["algorithm.inner={kind: lbfgs, steps: 100, tolerance: 0.00001}"],
+    "L-BFGS to 1e-2, CG too": ["algorithm.inner.tolerance=0.01", "algorithm.solver.rtol=0.01"],
+    "L-BFGS to 1e-3, CG too": ["algorithm.inner.tolerance=0.001", "algorithm.solver.rtol=0.001"],
     "descent 16": DESCENT16,
     "Newton-CG 3": ["algorithm.inner={kind: newton_cg, steps: 3, cg_iterations: 10}"],
     "Nesterov 16": ["algorithm.inner={kind: momentum, lr: 0.1, steps: 16, momentum: 0.7, nesterov: true}"],
@@ -72,11 +73,12 @@ FACTORS: dict[str, list[str]] = {
     "GELU": ["model.activation=gelu"],
     "softplus": ["model.activation=softplus"],
     "softplus, beta 4": ["model.activation=softplus", "model.softplus_beta=4.0"],
-    "lam 0.003": ["algorithm.lam=0.003"],
+    "lam 0.03": ["algorithm.lam=0.03"],
+    "lam 0.1": ["algorithm.lam=0.1"],
     "lam 1": ["algorithm.lam=1.0"],
     "learned lam": ["algorithm.lam.learn=true", "algorithm.lam.lr=0.01"],
     "learned diagonal lam": ["algorithm.lam.kind=diagonal", "algorithm.lam.learn=true", "algorithm.lam.lr=0.01"],
-    "lam from 1 down": ["algorithm.lam.init=1.0", "algorithm.lam.schedule={kind: linear, to: 0.01, updates: 60}"],
+    "lam from 1 down": ["algorithm.lam.init=1.0", "algorithm.lam.schedule={kind: linear, to: 0.003, updates: 60}"],
     "outer eps 1e-3": ["outer.eps=0.001"],
 }
 """What is changed about the best of imaml's nine trials: what adapts, and how its problem and its system are solved."""

@@ -178,12 +178,12 @@ def run_cell(options: argparse.Namespace, name: str, overrides: list[str], file:
     return found
 
 
-def in_turns(options: argparse.Namespace, cells: list[Cell]) -> None:
+def in_turns(options: argparse.Namespace, cells: list[Cell], turns: int) -> None:
     """Seconds that a task costs in each cell, whole meta-steps, the median over turns; written into the cells.
 
     Cells that were timed are timed again, so that all are in the same turns; every other turn goes backwards.
     """
-    if not cells or not options.turns:
+    if not cells or not turns:
         return
     torch.set_num_threads(1)
     with closing(open_dataset(configured(options, cells[0]["overrides"]))) as dataset:
@@ -192,7 +192,7 @@ def in_turns(options: argparse.Namespace, cells: list[Cell]) -> None:
             average = load_file(place(options, cell["name"]).with_suffix(".safetensors"))["average"]
             trainings.append(Training(configured(options, cell["overrides"]), dataset, average, cell["updates"]))
         taken: list[list[float]] = [[] for _ in cells]
-        for turn in range(options.turns + 1):
+        for turn in range(turns + 1):
             order = range(len(cells)) if turn % 2 else reversed(range(len(cells)))
             for number in order:
                 began = time.process_time()
