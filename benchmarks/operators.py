@@ -2,6 +2,7 @@
 
 imaml prepare omniglot --out data/omniglot --source path/to/archives
 python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json --png operators.png
+python benchmarks/operators.py --data data/omniglot --set data.way=20 --tasks 400 --every 200 --out runs/operators20 --json operators20.json
 
 Every cell meta-trains Conv-4 in one process of one thread, from the same initial network on the same episodes, until it has used
 both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate is constant and what is tested are the averaged
@@ -39,8 +40,9 @@ from imaml_dist.errors import ImamlError
 
 EQUAL = ("tasks", "seconds")
 
-FINALISTS_TURNS = 5
-"""Times the turns of all cells: what fits into equal seconds in the final comparison hangs on these."""
+SHORTLIST, CLOSELY = 3, 4
+"""Of a method, how many cells of each comparison take turns again before the best is named, and in how many times the turns of all: what
+fits into equal seconds hangs on it."""
 
 
 def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
@@ -101,6 +103,13 @@ def score(cell: Cell, options: argparse.Namespace) -> float:
     return statistics.fmean(-math.inf if value is None else value for value in found)
 
 
+def shortlist(cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
+    """The best of a method's trials in either comparison."""
+    return distinct(
+        sorted(cells, key=lambda c: -(at_equal(c, what, options) or -math.inf))[:SHORTLIST] for what in EQUAL
+    )
+
+
 def finalists(cells: list[Cell], options: argparse.Namespace) -> dict[str, Cell]:
     """The best of a method's trials at equal tasks, and that at equal seconds: they need not be the same."""
     return {what: max(cells, key=lambda c: at_equal(c, what, options) or -math.inf) for what in EQUAL}
@@ -159,17 +168,17 @@ def table(title: str, cells: list[Cell], options: argparse.Namespace) -> str:
     return "\n".join([f"| {' | '.join(heads)} |", "|" + "---|" * len(heads), *rows])
 
 
-def draw(cells: list[Cell]) -> Figure:
-    """Accuracy over tasks and over seconds."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    for axes, key in zip(figure.subplots(1, 2, sharey=True), ("tasks", "seconds"), strict=True):
-        for cell in cells:
-            x, y, e = ([p[name] for p in cell["points"]] for name in (key, "accuracy", "ci95"))
+def draw(chosen: dict[str, dict[str, Cell]]) -> Figure:
+    """Accuracy over tasks and over seconds, of what was best there."""
+    figure = Figure(figsize=(10, 4.2), layout="constrained")
+    for axes, what in zip(figure.subplots(1, 2, sharey=True), EQUAL, strict=True):
+        for cell in (found[what] for found in chosen.values()):
+            x, y, e = ([p[name] for p in cell["points"]] for name in (what, "accuracy", "ci95"))
             percent = [100 * v for v in y]
             axes.errorbar(x, percent, [100 * v for v in e], label=cell["name"], marker="o", markersize=3, capsize=2)
-        axes.set(xlabel=key if key == "tasks" else "seconds of one core", ylabel="val accuracy, % (95% interval)")
+        axes.set(xlabel=what if what == "tasks" else "seconds of one core", ylabel="val accuracy, % (95% interval)")
         axes.grid(alpha=0.3)
-    axes.legend(fontsize=7)
+        axes.legend(fontsize=7, title=f"best of nine at equal {what}", title_fontsize=7)
     return figure
 
 
@@ -188,23 +197,22 @@ def main() -> None:
         "--turns", type=int, default=5, help="in which cells are timed at the end; 0 keeps processor time"
     )
     parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--set", action="append", default=[], dest="extra", metavar="a.b=c", help="for all cells")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
     deadline = time.monotonic() + 60 * options.minutes
-    stages: dict[str, list[Cell]] = {}
-    best: dict[str, Cell] = {}
-    for method in SETTINGS:
-        stages[method] = run_stage(options, trials(method), deadline)
-        in_turns(options, stages[method], options.turns)
-        if stages[method]:
-            best[method] = max(stages[method], key=lambda c: score(c, options))
-    if "imaml" in best:
-        changed = {f"imaml, {name}": [*best["imaml"]["overrides"], *change] for name, change in FACTORS.items()}
-        stages["changes"] = [best["imaml"], *run_stage(options, changed, deadline)]
+    stages = {method: run_stage(options, trials(method), deadline) for method in SETTINGS}
+    methods = {method: cells for method, cells in stages.items() if cells}
+    if "imaml" in methods:
+        in_turns(options, stages["imaml"], options.turns)
+        best = max(stages["imaml"], key=lambda c: score(c, options))
+        changed = {f"imaml, {name}": [*best["overrides"], *change] for name, change in FACTORS.items()}
+        stages["changes"] = [best, *run_stage(options, changed, deadline)]
     in_turns(options, distinct(stages.values()), options.turns)
-    chosen = {method: finalists(stages[method], options) for method in best}
-    in_turns(options, distinct(found.values() for found in chosen.values()), FINALISTS_TURNS * options.turns)
+    short = {method: shortlist(cells, options) for method, cells in methods.items()}
+    in_turns(options, distinct(short.values()), CLOSELY * options.turns)
+    chosen = {method: finalists(cells, options) for method, cells in short.items()}
     for title, cells in stages.items():
         print(f"\n{table(title, cells, options)}")
     if options.json:
@@ -212,7 +220,7 @@ def main() -> None:
         report = {**facts(), **asked(options), "best": names, "stages": stages}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     if options.png:
-        draw(list(best.values())).savefig(options.png, dpi=110)
+        draw(chosen).savefig(options.png, dpi=110)
 
 
 if __name__ == "__main__":

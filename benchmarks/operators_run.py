@@ -43,9 +43,10 @@ WATCHED = ("stationarity", "cg_residual", "cosine", "distance", "support_loss", 
 Cell = dict[str, Any]
 
 
-def asked(options: argparse.Namespace) -> dict[str, float]:
+def asked(options: argparse.Namespace) -> dict[str, Any]:
     """What a cell's result depends on besides its settings."""
-    return {key: getattr(options, key) for key in ("tasks", "seconds", "every", "test_tasks")}
+    numbers = {key: getattr(options, key) for key in ("tasks", "seconds", "every", "test_tasks")}
+    return {**numbers, "extra": options.extra} if options.extra else numbers
 
 
 def place(options: argparse.Namespace, name: str) -> Path:
@@ -62,6 +63,7 @@ def configured(options: argparse.Namespace, overrides: list[str], *, query: int 
         "run.workers=1",
         "run.steps=1000000",
         "tracking.mlflow=false",
+        *options.extra,
     ]
     more = [] if query is None else [f"data.query={query}"]
     return resolve(build_config(raw, [*alike, *overrides, *more]), cuda=False)
