@@ -74,6 +74,10 @@ def hessian_operator(objective: Objective, at: Tensor) -> Matvec:
     return linearise_hessian(objective, at).curvature
 
 
+COUPLED = 64.0
+"""Rounding units by which a product may differ from that of a loss's blocks, sample by sample, before samples count as coupled."""
+
+
 class GaussNewton:
     """Each task's generalised Gauss-Newton matrix `J'S J`, as products and as factors.
 
@@ -122,7 +126,8 @@ class GaussNewton:
 
         Eigenvalues of S that are zero in rounding for all tasks are left out: for cross entropy one per sample, since a
         constant added to all logits changes nothing, so `r = n (N - 1)`. Cost: `N - 1` backward passes through n copies of
-        the parameters a task where samples are independent, else r backward passes. nan where outputs are not finite.
+        the parameters a task where samples are independent, else r backward passes; N + 1 products with S where the loss is a sum
+        over samples, else n N. nan where outputs are not finite.
 
         Raises:
             ValueError: F would be larger than `max_bytes`.
@@ -130,33 +135,26 @@ class GaussNewton:
         with torch.no_grad():
             outputs = self._predict(self._at)
         tasks, n = outputs.shape[:2]
-        s = self._output_hessian(outputs)
-        size, each = s.shape[-1], s.shape[-1] // n
-        blocks = s.reshape(tasks, n, each, n, each)
-        diagonal = blocks.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2)
-        # A broken task must not change how the others are computed.
-        apart = (blocks == _block_diagonal(diagonal)) | ~s.isfinite().flatten(1).all(-1).reshape(-1, 1, 1, 1, 1)
-        separate = self._predict_each is not None and bool(apart.all())
-        d, v = _spectrum(diagonal.reshape(-1, each, each) if separate else s)
-        rank = d.shape[-1] * (n if separate else 1)
+        size = outputs[0].numel()
+        curvature = hessian_operator(self._loss, outputs)
+        blocks = _sample_blocks(curvature, outputs)
+        if blocks is None:
+            d, v = _spectrum(_matrix(curvature, outputs))
+        else:
+            d, v = _spectrum(blocks.flatten(0, 1))
+            d = d.reshape(tasks, -1)
+        rank = d.shape[1]
         if tasks * rank * self._at.shape[1] * self._at.element_size() > max_bytes:
             raise ValueError(
                 f"the Jacobian of {tasks} tasks with {size} outputs and {self._at.shape[1]} parameters is larger than "
                 f"{max_bytes / 2**30:.1f} GiB; use an iterative solver, or a smaller chunk"
             )
-        if separate:
-            assert self._predict_each is not None
+        if blocks is not None and self._predict_each is not None:
             each_own = self._at.unsqueeze(1).expand(-1, n, -1).flatten(0, 1)  # for a single task no copies
             rows = _rows(self._predict_each, each_own, v)
         else:
-            rows = _rows(self._predict, self._at, v)
-        return rows.reshape(tasks, rank, -1), d.reshape(tasks, rank)
-
-    def _output_hessian(self, outputs: Tensor) -> Tensor:
-        """S `[T, m, m]`."""
-        products, m = hessian_operator(self._loss, outputs), outputs[0].numel()
-        identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device).reshape(m, 1, *outputs.shape[1:])
-        return torch.stack([products(row.expand_as(outputs)).flatten(1) for row in identity], dim=-1)
+            rows = _rows(self._predict, self._at, v if blocks is None else _apart(v.reshape(tasks, n, *v.shape[1:])))
+        return rows.reshape(tasks, rank, -1), d
 
     def _linearise(self) -> Linearised:
         with torch.enable_grad():
@@ -198,10 +196,37 @@ def _spectrum(s: Tensor) -> tuple[Tensor, Tensor]:
     return torch.where(finite[:, None], d, torch.nan)[:, kept], v[..., kept]
 
 
-def _block_diagonal(blocks: Tensor) -> Tensor:
-    """`[T, n, c, c]` -> `[T, n, c, n, c]`, zero off the diagonal."""
-    identity = torch.eye(blocks.shape[1], dtype=blocks.dtype, device=blocks.device)
-    return blocks[:, :, :, None, :] * identity[:, None, :, None]
+def _apart(v: Tensor) -> Tensor:
+    """Block-diagonal matrices `[T, n c, n r]` of blocks `[T, n, c, r]`."""
+    tasks, n, c, r = v.shape
+    identity = torch.eye(n, dtype=v.dtype, device=v.device)
+    return (v[:, :, :, None, :] * identity[:, None, :, None]).reshape(tasks, n * c, n * r)
+
+
+def _matrix(curvature: Matvec, outputs: Tensor) -> Tensor:
+    """S `[T, m, m]`, a product for each of the m outputs of a task."""
+    m = outputs[0].numel()
+    identity = torch.eye(m, dtype=outputs.dtype, device=outputs.device).reshape(m, 1, *outputs.shape[1:])
+    return torch.stack([curvature(row.expand_as(outputs)).flatten(1) for row in identity], dim=-1)
+
+
+def _sample_blocks(curvature: Matvec, outputs: Tensor) -> Tensor | None:
+    """S `[T, n, c, c]` of a loss that is a sum over samples, a product for each of a sample's c outputs; None if samples are coupled.
+
+    One product more, with a random vector, tells: where the blocks miss a part of S it differs from theirs, whatever that part is.
+    Tasks whose numbers are not finite are not asked, for a broken one must not change how the others are computed.
+    """
+    tasks, n, c = outputs.shape[0], outputs.shape[1], outputs[0, 0].numel()
+    identity = torch.eye(c, dtype=outputs.dtype, device=outputs.device).reshape(c, 1, 1, *outputs.shape[2:])
+    columns = [curvature(row.expand_as(outputs)).reshape(tasks, n, c) for row in identity]
+    blocks = torch.stack(columns, dim=-1)
+    probe = torch.randn(n, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
+    seen = curvature(probe.reshape(1, *outputs.shape[1:]).expand_as(outputs)).reshape(tasks, n, c)
+    expected = (blocks @ probe.unsqueeze(-1)).squeeze(-1)
+    rounding = COUPLED * torch.finfo(outputs.dtype).eps * (blocks.abs() @ probe.abs().unsqueeze(-1)).squeeze(-1)
+    finite = blocks.isfinite().flatten(1).all(-1)
+    alone = ((seen - expected).abs() <= rounding) | ~finite[:, None, None]
+    return blocks if bool(alone.all()) else None
 
 
 def gauss_newton_operator(
