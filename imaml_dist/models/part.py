@@ -59,7 +59,7 @@ class HeadAlone:
 
     def predict(self, params: Tensor, x: Tensor, key: Tensor | None = None) -> Tensor:
         """Outputs from parameters `[T, E]` and features `[T, n, ...]`."""
-        return self.head.alone.predict(params, x)
+        return self.head.evaluate(params, x)
 
     def samples_independent(self, x: Tensor, key: Tensor | None = None) -> bool:
         """See `Predictor`."""

@@ -77,10 +77,19 @@ class InPlace(nn.Sequential):
         return super().forward(x.mul_(2.0))
 
 
+def hooked():
+    """A linear layer that is more than its type says."""
+    layer = nn.Linear(5, 3)
+    layer.register_forward_hook(lambda module, args, output: output.sinh())
+    return layer
+
+
 def cuttable():
     deep = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     return [
         (Body(), "head"),
+        (Body(nn.Linear(5, 3, bias=False)), "head"),
+        (Body(hooked()), "head"),
         (Body(deep), "head.2"),
         (Body(deep), "head"),
         (MLP((1, 2, 2), 3, [5]).double(), "layers.3"),
@@ -88,7 +97,9 @@ def cuttable():
 
 
 @pytest.mark.parametrize("tasks", [1, 3])
-@pytest.mark.parametrize(("model", "prefix"), cuttable(), ids=["linear", "last-of-deep", "deep", "mlp"])
+@pytest.mark.parametrize(
+    ("model", "prefix"), cuttable(), ids=["linear", "no-bias", "hooked", "last-of-deep", "deep", "mlp"]
+)
 def test_a_head_gives_what_the_whole_model_gives_with_its_derivatives(model, prefix, tasks):
     functional = FunctionalModel(model)
     moving, x = names_of(functional, prefix), draw(tasks, 6, 1, 2, 2)
