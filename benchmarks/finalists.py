@@ -24,6 +24,9 @@ from meta_gradient import facts
 
 Row = dict[str, Any]
 
+BESIDE = 0.12
+"""Where a seed's point is drawn beside that of the next, in widths of a method's column."""
+
 
 def train(config: Path, run: Path, overrides: list[str]) -> Row:
     """The summary of a finished run; one that is there already is not repeated."""
@@ -65,10 +68,12 @@ def draw(equal: dict[str, dict[str, list[Row]]]) -> Figure:
     for axes, (what, methods) in zip(figure.subplots(1, 2, sharey=True), equal.items(), strict=True):
         for place, rows in enumerate(methods.values()):
             accuracy, ci95 = ([100 * row[key] for row in rows] for key in ("test_accuracy", "ci95"))
-            axes.errorbar([place] * len(rows), accuracy, ci95, fmt="o", capsize=3)
+            beside = [place + BESIDE * (seed - (len(rows) - 1) / 2) for seed in range(len(rows))]
+            axes.errorbar(beside, accuracy, ci95, fmt="o", markersize=4, capsize=2)
         axes.set_xticks(range(len(methods)), list(methods), rotation=20)
-        axes.set(title=f"equal {what}", ylabel="test accuracy, % (95% interval), a point a seed")
+        axes.set_title(f"equal {what}")
         axes.grid(alpha=0.3)
+    figure.axes[0].set_ylabel("test accuracy, % (95% interval)")
     return figure
 
 
