@@ -77,6 +77,7 @@ LONG = {"sweeps.md": pytest.mark.slow}
 """What `tests/integration/test_sweep.py` does, too."""
 
 
+@pytest.mark.timeout(900)  # a page may have thirty commands
 @pytest.mark.parametrize("page", [pytest.param(p, marks=LONG.get(p.name, ()), id=p.name) for p in PAGES if commands(p)])
 def test_every_imaml_command_works(page, workspace):
     if page != README:  # whose own blocks stand for themselves
