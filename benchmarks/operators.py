@@ -59,9 +59,10 @@ def at(points: list[dict[str, float]], key: str, value: float) -> float | None:
     return None
 
 
-def at_equal(cell: Cell, what: str, options: argparse.Namespace) -> float | None:
-    """Accuracy at as many tasks, or seconds, as the options ask for."""
-    return at(cell["points"], what, getattr(options, what))
+def at_equal(cell: Cell, what: str, options: argparse.Namespace) -> float:
+    """Accuracy at as many tasks, or seconds, as the options ask for; minus infinity where it has not come that far."""
+    found = at(cell["points"], what, getattr(options, what))
+    return -math.inf if found is None else found
 
 
 def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline: float) -> list[Cell]:
@@ -99,20 +100,17 @@ def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline
 
 def score(cell: Cell, options: argparse.Namespace) -> float:
     """Accuracy at equal tasks and at equal seconds, their mean; minus infinity where one is missing."""
-    found = [at_equal(cell, what, options) for what in EQUAL]
-    return statistics.fmean(-math.inf if value is None else value for value in found)
+    return statistics.fmean(at_equal(cell, what, options) for what in EQUAL)
 
 
 def shortlist(cells: list[Cell], options: argparse.Namespace) -> list[Cell]:
     """The best of a method's trials in either comparison."""
-    return distinct(
-        sorted(cells, key=lambda c: -(at_equal(c, what, options) or -math.inf))[:SHORTLIST] for what in EQUAL
-    )
+    return distinct(sorted(cells, key=lambda c: -at_equal(c, what, options))[:SHORTLIST] for what in EQUAL)
 
 
 def finalists(cells: list[Cell], options: argparse.Namespace) -> dict[str, Cell]:
     """The best of a method's trials at equal tasks, and that at equal seconds: they need not be the same."""
-    return {what: max(cells, key=lambda c: at_equal(c, what, options) or -math.inf) for what in EQUAL}
+    return {what: max(cells, key=lambda c: at_equal(c, what, options)) for what in EQUAL}
 
 
 def distinct(groups: Iterable[Iterable[Cell]]) -> list[Cell]:
@@ -123,8 +121,8 @@ def distinct(groups: Iterable[Iterable[Cell]]) -> list[Cell]:
 def line(cell: Cell, options: argparse.Namespace) -> str:
     """A row of the table."""
 
-    def percent(value: float | None) -> str:
-        return "-" if value is None else f"{100 * value:.1f}"
+    def percent(value: float) -> str:
+        return f"{100 * value:.1f}" if math.isfinite(value) else "-"
 
     def number(key: str, form: str = ".2f") -> str:
         return format(cell[key], form) if key in cell and not math.isnan(cell[key]) else "-"
@@ -210,9 +208,8 @@ def main() -> None:
         changed = {f"imaml, {name}": [*best["overrides"], *change] for name, change in FACTORS.items()}
         stages["changes"] = [best, *run_stage(options, changed, deadline)]
     in_turns(options, distinct(stages.values()), options.turns)
-    short = {method: shortlist(cells, options) for method, cells in methods.items()}
-    in_turns(options, distinct(short.values()), CLOSELY * options.turns)
-    chosen = {method: finalists(cells, options) for method, cells in short.items()}
+    in_turns(options, distinct(shortlist(cells, options) for cells in methods.values()), CLOSELY * options.turns)
+    chosen = {method: finalists(cells, options) for method, cells in methods.items()}
     for title, cells in stages.items():
         print(f"\n{table(title, cells, options)}")
     if options.json:

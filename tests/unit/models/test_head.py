@@ -84,12 +84,20 @@ def hooked():
     return layer
 
 
+def replaced():
+    """Another one."""
+    layer = nn.Linear(5, 3)
+    layer.forward = lambda x: nn.functional.linear(x, layer.weight, layer.bias).sinh()
+    return layer
+
+
 def cuttable():
     deep = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     return [
         (Body(), "head"),
         (Body(nn.Linear(5, 3, bias=False)), "head"),
         (Body(hooked()), "head"),
+        (Body(replaced()), "head"),
         (Body(deep), "head.2"),
         (Body(deep), "head"),
         (MLP((1, 2, 2), 3, [5]).double(), "layers.3"),
@@ -98,7 +106,7 @@ def cuttable():
 
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize(
-    ("model", "prefix"), cuttable(), ids=["linear", "no-bias", "hooked", "last-of-deep", "deep", "mlp"]
+    ("model", "prefix"), cuttable(), ids=["linear", "no-bias", "hooked", "replaced", "last-of-deep", "deep", "mlp"]
 )
 def test_a_head_gives_what_the_whole_model_gives_with_its_derivatives(model, prefix, tasks):
     functional = FunctionalModel(model)
