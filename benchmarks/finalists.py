@@ -8,7 +8,8 @@ that which was best at equal seconds. Every run is `imaml train` with two worker
 number of steps. For equal seconds a method gets as many steps as fit into the time of the implicit one's, by the processor time
 that a task cost each when they took turns (`seconds_per_task` of the report), with the schedule stretched over them. That a run's
 result does not depend on what else the machine does is what makes this possible.
-Accuracies are of `imaml train`'s own test at the end. The same command goes on where it was interrupted.
+Accuracies are of `imaml train`'s own test at the end. The same command goes on where it was interrupted; `--from` takes what an
+earlier report has of the same settings, steps and seeds.
 """
 
 import argparse
@@ -55,6 +56,16 @@ def settings_of(report: dict[str, Any], options: argparse.Namespace) -> dict[str
     return found
 
 
+def known(earlier: dict[str, Any], overrides: list[str], steps: int, seeds: int) -> list[Row] | None:
+    """The rows of a report that has had the same trained before."""
+    for what, methods in earlier.get("equal", {}).items():
+        for method, rows in methods.items():
+            same = earlier["settings"][method][what] == overrides and len(rows) == seeds
+            if same and all(row["meta_steps"] == steps for row in rows):
+                return list(rows)
+    return None
+
+
 def spread(rows: list[Row]) -> str:
     """Mean over seeds, the largest interval of one, and the range over seeds."""
     values = [100 * row["test_accuracy"] for row in rows]
@@ -89,13 +100,19 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--set", action="append", default=[], dest="extra", metavar="a.b=c", help="for all methods")
+    parser.add_argument("--from", type=Path, dest="earlier", metavar="JSON", help="what --json wrote before")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
+    earlier = json.loads(options.earlier.read_text()) if options.earlier else {}
+    if earlier and earlier["extra"] != options.extra:
+        raise SystemExit(f"{options.earlier} was written with --set {earlier['extra']}, not {options.extra}")
     report = json.loads(options.report.read_text())
     methods = settings_of(report, options)
 
     def runs(method: str, what: str, steps: int) -> list[Row]:
+        if found := known(earlier, methods[method][what]["overrides"], steps, options.seeds):
+            return found
         alike = [
             f"data.url={options.data}",
             f"run.workers={options.workers}",
