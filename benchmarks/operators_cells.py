@@ -18,7 +18,7 @@ SETTINGS: dict[str, dict[str, list[str]]] = {
     "reptile": descent("algorithm.kind=reptile", (("0.1", 16), ("0.1", 6), ("0.03", 16))),
     "anil": descent("algorithm.kind=anil", (("0.1", 16), ("0.4", 5), ("0.4", 16))),
     "reference": descent("algorithm.preset=reference", (("0.1", 16), ("0.1", 5), ("0.4", 5))),
-    "maml": descent("algorithm.kind=maml", (("0.4", 1), ("0.1", 5), ("0.4", 5))),
+    "maml": descent("algorithm.kind=maml", (("0.1", 16), ("0.1", 5), ("0.4", 5))),
 }
 """Three settings for each method; with the outer rates nine trials for each."""
 

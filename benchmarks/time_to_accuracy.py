@@ -3,10 +3,10 @@
 imaml prepare omniglot --out data/omniglot --source path/to/archives
 python benchmarks/time_to_accuracy.py --data data/omniglot --minutes 20 --json time.json --png time.png
 
-Every method is trained by `imaml train` with two workers from one configuration: the same episodes, network, initial parameters,
-inner loop and outer optimiser; only the algorithm differs (see METHODS), and nothing is tuned for any. Runs end after --minutes
-at the latest, or with the configuration's `run.steps`; --set gives all of them another number or schedule. There is no
-validation; checkpoints are kept, and tested afterwards on the same test tasks.
+Every method is trained by `imaml train` with two workers: ours as it is shipped, the others with the settings that nine trials each
+of `operators.py` found best at equal tasks (METHODS). The same episodes, network and initial parameters for all. Steps are the
+configuration's, or as many as fit into --minutes by the pace of a short run before it, so that every method's schedule comes to its
+end. There is no validation; checkpoints are kept, and tested afterwards on the same test tasks.
 
 Seconds to an accuracy: those of the training loop, without the start of the workers, at the first checkpoint whose test accuracy
 reaches it. To find it, checkpoints some 15% apart are tested, then all between the last one below and the first one above. The
@@ -15,6 +15,7 @@ same command goes on where it was interrupted; what is trained and tested is not
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 from concurrent.futures import ProcessPoolExecutor
@@ -26,7 +27,9 @@ from typing import Any
 import torch
 from matplotlib.figure import Figure
 from meta_gradient import facts
+from operators_cells import trials
 
+from imaml_dist.config.load import build_config, read_mapping
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, prepare_process
 from imaml_dist.training import checkpoints
 from imaml_dist.training.evaluation import evaluate
@@ -35,13 +38,14 @@ from imaml_dist.training.run_directory import RunDirectory
 
 METHODS = {
     "imaml": [],
-    "fomaml": ["algorithm.kind=fomaml"],
-    "maml": ["algorithm.kind=maml"],
-    "maml-5": ["algorithm.kind=maml", "algorithm.inner.steps=5"],
-    "fomaml-2000": ["algorithm.kind=fomaml", "run.steps=2000"],
+    "anil": [*trials("anil")["anil, 16 of 0.1, rate 0.003"]],
+    "fomaml": [*trials("fomaml")["fomaml, 16 of 0.1, rate 0.003"]],
+    "maml": [*trials("maml")["maml, 16 of 0.1, rate 0.003"]],
 }
-"""What each changes in the configuration; the last two are what their friends would choose: the five inner steps that are usual
-for MAML, and cheap steps in a number that fills the time."""
+"""What each changes in the configuration."""
+
+PACED = 20
+"""Steps of the short run; the latter half of them tells the pace."""
 
 SPACING = 1.15
 
@@ -55,6 +59,15 @@ def train(config: Path, run: Path, overrides: list[str]) -> None:
     command = [sys.executable, "-m", "pipelines.cli", "train", str(config), "--run-dir", str(run), *settings]
     if subprocess.run(command).returncode != 0:
         raise SystemExit(f"{run} did not finish")
+
+
+def fitting(config: Path, run: Path, overrides: list[str], minutes: float) -> int:
+    """Steps that fit, at most the configuration's."""
+    pace = run.with_name(f"{run.name}-pace")
+    train(config, pace, [*overrides, f"run.steps={PACED}"])
+    lines = (pace / "metrics.jsonl").read_text().splitlines()
+    late = [json.loads(line)["seconds_step"] for line in lines[PACED // 2 :]]
+    return min(build_config(read_mapping(config), overrides).run.steps, round(60 * minutes / statistics.fmean(late)))
 
 
 def tested(run: Path, tasks: int, step: int) -> tuple[int, dict[str, float]]:
@@ -141,7 +154,7 @@ def main() -> None:
     torch.set_num_threads(1)
     alike = [
         f"data.url={options.data}",
-        f"run.max_seconds={60 * options.minutes}",
+        "run.max_seconds=null",
         f"run.workers={options.workers}",
         f"run.checkpoint_every={options.every}",
         "run.keep=1000000",
@@ -155,7 +168,9 @@ def main() -> None:
     options.runs.mkdir(parents=True, exist_ok=True)
     for name in options.methods:
         run = options.runs / name
-        train(options.config, run, [*alike, *METHODS[name]])
+        settings = [*alike, *METHODS[name]]
+        steps = fitting(options.config, run, settings, options.minutes)
+        train(options.config, run, [*settings, f"run.steps={steps}"])
         curves[name] = curve(run, options.tasks, options.targets, options.workers)
         summary = json.loads((run / "summary.json").read_text())
         keys = ("meta_steps", "seconds", "tasks_per_second", "restarts")
