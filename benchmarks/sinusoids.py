@@ -147,7 +147,7 @@ def final_error(run: dict[str, Any]) -> float:
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], memory: dict[str, float]) -> Figure:
-    """Error over seconds and over tasks, a line a seed."""
+    """Error over seconds and over tasks, a line a seed; where one leaves the picture, training had diverged."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (key, label) in zip(
         figure.subplots(1, 2, sharey=True),
@@ -161,7 +161,7 @@ def draw(runs: dict[str, list[dict[str, Any]]], memory: dict[str, float]) -> Fig
                 axes.plot(x, y, color=f"C{number}", marker="o", markersize=3, label=name)
         axes.set(xlabel=label, yscale="log", xscale="linear" if key == "seconds" else "log")
         axes.grid(alpha=0.3, which="both")
-    figure.axes[0].set_ylabel("mean squared error on unseen waves")
+    figure.axes[0].set(ylabel="mean squared error on unseen waves", ylim=(0.02, 1.0))
     figure.axes[0].legend(fontsize=8)
     return figure
 
