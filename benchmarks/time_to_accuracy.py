@@ -38,9 +38,9 @@ from imaml_dist.training.run_directory import RunDirectory
 
 METHODS = {
     "imaml": [],
-    "anil": [*trials("anil")["anil, 16 of 0.1, rate 0.003"]],
-    "fomaml": [*trials("fomaml")["fomaml, 16 of 0.1, rate 0.003"]],
-    "maml": [*trials("maml")["maml, 16 of 0.1, rate 0.003"]],
+    "anil": trials("anil")["anil, 16 of 0.1, rate 0.003"],
+    "fomaml": trials("fomaml")["fomaml, 16 of 0.1, rate 0.003"],
+    "maml": trials("maml")["maml, 16 of 0.1, rate 0.003"],
 }
 """What each changes in the configuration."""
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("pipelines/configs/omniglot.yaml"))
     parser.add_argument("--data", default="data/omniglot", help="what imaml prepare has written")
     parser.add_argument("--runs", type=Path, default=Path("runs/time-to-accuracy"))
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["imaml", "fomaml", "maml"])
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--every", type=int, default=10, help="meta-steps between checkpoints")
     parser.add_argument("--tasks", type=int, default=600, help="test tasks")
