@@ -4,7 +4,7 @@ python benchmarks/sinusoids.py --json sinusoids.json --png sinusoids.png
 
 Ten points of a sine wave of unknown amplitude and phase, a network of 1-40-40-1 (Finn et al. 2017, section 5.1, with SiLU), 25
 tasks a meta-step, float32, one thread. Meta-gradients are clipped to a norm of CLIP, and the outer rate falls linearly over the
-seconds: without both, long runs of every method end in numbers that are none. Each gets nine short trials (three settings x three
+seconds: without both, long runs of every method went astray in some seeds. Each gets nine short trials (three settings x three
 outer rates, `settings` and RATES), of which the one with the lowest error on waves of their own goes on, with three seeds. Seconds
 are processor time.
 
@@ -141,13 +141,13 @@ def at_tasks(points: list[dict[str, float]], tasks: float) -> float:
 
 
 def final_error(run: dict[str, Any]) -> float:
-    """At the last point; infinite where training diverged."""
+    """At the last point; infinite where it is not a number, which no comparison would put last."""
     found = float(run["points"][-1]["error"])
     return math.inf if math.isnan(found) else found
 
 
 def draw(runs: dict[str, list[dict[str, Any]]], memory: dict[str, float]) -> Figure:
-    """Error over seconds and over tasks, a line a seed; where one leaves the picture, training had diverged."""
+    """Error over seconds and over tasks, a line a seed; above 1, adaptation blew up on some waves."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     for axes, (key, label) in zip(
         figure.subplots(1, 2, sharey=True),

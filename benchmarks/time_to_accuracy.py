@@ -42,7 +42,7 @@ METHODS = {
     "fomaml": trials("fomaml")["fomaml, 16 of 0.1, rate 0.003"],
     "maml": trials("maml")["maml, 16 of 0.1, rate 0.003"],
 }
-"""What each changes in the configuration."""
+"""What each changes in the configuration; the baselines' are the best of their trials in docs/operators.json."""
 
 PACED = 20
 """Steps of the short run; the latter half of them tells the pace."""
