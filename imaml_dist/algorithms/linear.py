@@ -48,7 +48,7 @@ class ConjugateGradient:
 
     Attributes:
         max_iterations: products with the curvature operator at most.
-        rtol: relative residual at which a task's solve ends early; 0 spends the whole budget.
+        rtol: relative residual at which a task's solve ends early; 0 spends the whole budget, or the type's digits.
         atol: absolute residual norm at which it ends early.
         on_negative_curvature: `truncate` keeps the last good iterate (the first-order direction if there is none),
             `gauss_newton` redoes the task with that operator, `exclude` drops the task from the step.

@@ -20,7 +20,7 @@ class ConjugateGradientConfig(Section):
     operator: Operator = "gauss_newton"
     max_iterations: int = Field(5, ge=1)
     rtol: float = Field(0.0, ge=0)
-    """Relative residual at which a task's solve ends early; 0 spends the whole budget."""
+    """Relative residual at which a task's solve ends early; 0 spends the whole budget, or the type's digits."""
     damping: float = Field(0.0, ge=0)
     on_negative_curvature: NegativeCurvature = "truncate"
     atol: float = Field(0.0, ge=0)

@@ -47,7 +47,7 @@ def conjugate_gradient(
     """Solve `A_t x_t = b_t` for every task t, A symmetric positive definite.
 
     Minimises `1/2 x'Ax - b'x` over the Krylov space (eq. 7 of the paper). A task ends when
-    `||r|| <= max(rtol ||b||, atol)`, when it meets `p'Ap <= eps ||p|| ||Ap||`, when a number is not finite, or after
+    `||r|| <= max(rtol ||b||, atol, eps ||b||)`, when it meets `p'Ap <= eps ||p|| ||Ap||`, when a number is not finite, or after
     `max_iterations` steps. Cost: one product a step, one if `x0` is given, and one more for the true residual where rounding
     could hide in the recurrence's, where products are coarse, or on a GPU, which is never asked whether rounding could.
 
@@ -55,7 +55,7 @@ def conjugate_gradient(
         matvec: `[T, P] -> [T, P]`, linear and symmetric, row t depending on row t only.
         b: `[T, P]`.
         max_iterations: steps at most, >= 1.
-        rtol: relative tolerance on the residual norm, >= 0; 0 with `atol` 0 spends the whole budget unless r = 0.
+        rtol: relative tolerance on the residual norm, >= 0; 0 with `atol` 0 spends the whole budget or the type's digits.
         atol: absolute tolerance on the residual norm, >= 0.
         x0: `[T, P]`, start; zero when None.
         preconditioner: `[T, P] -> [T, P]`, an approximation of A's inverse, symmetric positive definite.

@@ -35,7 +35,7 @@ def minres(
     grows; in rounded arithmetic the basis loses its orthogonality, and on ill-conditioned systems (about 1e5 in float32) x can
     end far from where the recurrence believes. So the true residual decides at the end: never a worse iterate than the start.
 
-    A task ends when its residual norm is at most `max(rtol ||b||, atol)` (both in the norm of the preconditioner where there
+    A task ends when its residual norm is at most `max(rtol ||b||, atol, eps ||b||)` (in the norm of the preconditioner where there
     is one), when the Krylov space is exhausted, when a number is not finite, or after `max_iterations`. Cost: one product an
     iteration, one for the true residual, and one if `x0` is given.
 

@@ -94,9 +94,13 @@ def unit(v: Tensor) -> Tensor:
 
 
 def tolerance(norm_b: Tensor, units: Tensor, rtol: float, atol: float) -> Tensor:
-    """`max(rtol ||b||, atol)` in the units `[T, 1]` that `norm_b` `[T]` is given in, `[T]`."""
+    """`max(rtol ||b||, atol, eps ||b||)` in the units `[T, 1]` that `norm_b` `[T]` is given in, `[T]`; eps is that of their type.
+
+    A residual that a recurrence puts below `eps ||b||` is one of its own only: the iterate has no digits left to follow. Going on
+    all the same, its squares come to the smallest numbers of the type, and what is left of their ratios throws the iterate far off.
+    """
     # A number over a tensor is the number times a reciprocal, which overflows for the smallest units.
-    return torch.maximum(rtol * norm_b, torch.full_like(norm_b, atol) / units[:, 0])
+    return torch.maximum(max(rtol, torch.finfo(norm_b.dtype).eps) * norm_b, torch.full_like(norm_b, atol) / units[:, 0])
 
 
 def judged(outcome: Tensor, residual: Tensor, threshold: Tensor) -> Tensor:
