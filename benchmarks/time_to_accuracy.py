@@ -9,7 +9,7 @@ configuration's, or as many as fit into --minutes by the pace of a short run bef
 end. There is no validation; checkpoints are kept, and tested afterwards on the same test tasks.
 
 Seconds to an accuracy: those of the training loop, without the start of the workers, at the first checkpoint whose test accuracy
-reaches it. To find it, checkpoints some 15% apart are tested, then all between the last one below and the first one above. The
+reaches it. To find it, checkpoints some 25% apart are tested, then all between the last one below and the first one above. The
 same command goes on where it was interrupted; what is trained and tested is not repeated.
 """
 
@@ -47,7 +47,7 @@ METHODS = {
 PACED = 20
 """Steps of the short run; the latter half of them tells the pace."""
 
-SPACING = 1.15
+SPACING = 1.25
 
 Points = dict[int, dict[str, float]]
 """By step: seconds of training, test accuracy and its 95% interval."""

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_dist.core.eigen import eigh
+
 Objective = Callable[[Tensor], Tensor]
 """Parameters `[T, P]` -> losses `[T]`, the mean over each task's samples; loss t depends on row t only."""
 
@@ -75,7 +77,7 @@ def hessian_operator(objective: Objective, at: Tensor) -> Matvec:
 
 
 COUPLED = 64.0
-"""Rounding units by which a product may differ from that of a loss's blocks, sample by sample, before samples count as coupled."""
+"""Rounding units of a task's largest product that may appear at samples which it left out, before samples count as coupled."""
 
 
 class GaussNewton:
@@ -126,8 +128,8 @@ class GaussNewton:
 
         Eigenvalues of S that are zero in rounding for all tasks are left out: for cross entropy one per sample, since a
         constant added to all logits changes nothing, so `r = n (N - 1)`. Cost: `N - 1` backward passes through n copies of
-        the parameters a task where samples are independent, else r backward passes; N + 1 products with S where the loss is a sum
-        over samples, else n N. nan where outputs are not finite.
+        the parameters a task where samples are independent, else r backward passes; `N + log2 n` products with S where the loss is
+        a sum over samples, else n N more. nan where outputs are not finite.
 
         Raises:
             ValueError: F would be larger than `max_bytes`.
@@ -139,9 +141,9 @@ class GaussNewton:
         curvature = hessian_operator(self._loss, outputs)
         blocks = _sample_blocks(curvature, outputs)
         if blocks is None:
-            d, v = _spectrum(_matrix(curvature, outputs))
+            d, v = _spectrum(_matrix(curvature, outputs), tasks)
         else:
-            d, v = _spectrum(blocks.flatten(0, 1))
+            d, v = _spectrum(blocks.flatten(0, 1), tasks)
             d = d.reshape(tasks, -1)
         rank = d.shape[1]
         if tasks * rank * self._at.shape[1] * self._at.element_size() > max_bytes:
@@ -186,14 +188,16 @@ def _rows(predict: Callable[[Tensor], Tensor], at: Tensor, v: Tensor) -> Tensor:
     return rows
 
 
-def _spectrum(s: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues `[B, r]` and eigenvectors `[B, m, r]` of `[B, m, m]`, without those that are zero for all; nan where s is not finite."""
-    finite = s.isfinite().flatten(1).all(-1)
-    d, v = torch.linalg.eigh(torch.where(finite[:, None, None], s, torch.zeros_like(s)))
-    size = d.abs().amax(-1, keepdim=True)
+def _spectrum(s: Tensor, tasks: int) -> tuple[Tensor, Tensor]:
+    """Eigenvalues `[B, r]` and eigenvectors `[B, m, r]` of `[B, m, m]`, B / tasks of them a task; nan where s is not finite.
+
+    Without those that are zero for all, in the rounding of their task's largest: a block of cancellation has none of its own.
+    """
+    d, v = eigh(s)
+    size = d.abs().reshape(tasks, -1).amax(-1).repeat_interleave(len(d) // tasks).unsqueeze(-1)
     kept = (d.abs() > size * s.shape[-1] * torch.finfo(s.dtype).eps).any(0)
     kept[-1] = True  # where all is zero there is still one row
-    return torch.where(finite[:, None], d, torch.nan)[:, kept], v[..., kept]
+    return d[:, kept], v[..., kept]
 
 
 def _apart(v: Tensor) -> Tensor:
@@ -213,7 +217,9 @@ def _matrix(curvature: Matvec, outputs: Tensor) -> Tensor:
 def _sample_blocks(curvature: Matvec, outputs: Tensor) -> Tensor | None:
     """S `[T, n, c, c]` of a loss that is a sum over samples, a product for each of a sample's c outputs; None if samples are coupled.
 
-    One product more, with a random vector, tells: where the blocks miss a part of S it differs from theirs, whatever that part is.
+    `log2 n` products more tell. Each is with a random vector at the samples whose number has a certain bit and with zero at the others,
+    where it must be zero: any two samples differ in a bit. A comparison of numbers that are not zero would have to know how a
+    loss rounds, and a sample that is sure of its class has a block of nothing but cancellation.
     Tasks whose numbers are not finite are not asked, for a broken one must not change how the others are computed.
     """
     tasks, n, c = outputs.shape[0], outputs.shape[1], outputs[0, 0].numel()
@@ -221,12 +227,17 @@ def _sample_blocks(curvature: Matvec, outputs: Tensor) -> Tensor | None:
     columns = [curvature(row.expand_as(outputs)).reshape(tasks, n, c) for row in identity]
     blocks = torch.stack(columns, dim=-1)
     probe = torch.randn(n, c, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(outputs)
-    seen = curvature(probe.reshape(1, *outputs.shape[1:]).expand_as(outputs)).reshape(tasks, n, c)
-    expected = (blocks @ probe.unsqueeze(-1)).squeeze(-1)
-    rounding = COUPLED * torch.finfo(outputs.dtype).eps * (blocks.abs() @ probe.abs().unsqueeze(-1)).squeeze(-1)
     finite = blocks.isfinite().flatten(1).all(-1)
-    alone = ((seen - expected).abs() <= rounding) | ~finite[:, None, None]
-    return blocks if bool(alone.all()) else None
+    numbers = torch.arange(n, device=outputs.device)
+    for bit in range((n - 1).bit_length()):
+        within = (numbers >> bit) % 2 == 1
+        part = torch.where(within[:, None], probe, 0.0)
+        seen = curvature(part.reshape(1, *outputs.shape[1:]).expand_as(outputs)).reshape(tasks, n, c).abs()
+        rounding = COUPLED * torch.finfo(outputs.dtype).eps * seen.amax((1, 2))
+        alone = (seen[:, ~within].amax((1, 2)) <= rounding) | ~finite
+        if not bool(alone.all()):
+            return None
+    return blocks
 
 
 def gauss_newton_operator(

@@ -81,7 +81,7 @@ def descend(
         start_norm = torch.linalg.vector_norm(gradient, dim=-1)
         threshold = tolerance * start_norm if tolerance > 0.0 else torch.full_like(start_norm, -1.0)
 
-        usable = finite(losses, gradient)
+        usable = finite(losses, gradient) & start_norm.isfinite()
         active, broken = usable & (start_norm > threshold), ~usable
         taken = torch.zeros_like(losses, dtype=torch.int64)
         for step in range(steps):

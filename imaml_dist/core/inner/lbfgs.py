@@ -89,7 +89,7 @@ def lbfgs(
     value, first_loss, first_gradient = problem.total(losses, phi), losses, gradient
     start_norm = torch.linalg.vector_norm(gradient, dim=-1)
     threshold = tolerance * start_norm if tolerance > 0.0 else torch.full_like(start_norm, -1.0)
-    usable = finite(losses, gradient)
+    usable = finite(losses, gradient) & start_norm.isfinite()
     active, broken = usable & (start_norm > threshold), ~usable
     taken = torch.zeros_like(losses, dtype=torch.int64)
     pairs: list[Pair] = []

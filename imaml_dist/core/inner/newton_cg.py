@@ -87,7 +87,7 @@ def newton_cg(
     first_norm = torch.linalg.vector_norm(gradient, dim=-1)
     threshold = tolerance * first_norm if tolerance > 0.0 else torch.full_like(first_norm, -1.0)
 
-    usable = finite(losses, gradient)
+    usable = finite(losses, gradient) & first_norm.isfinite()
     active, broken = usable & (first_norm > threshold), ~usable
     taken = torch.zeros_like(losses, dtype=torch.int64)
     strength, reach = torch.full_like(losses, damping), torch.ones_like(losses)

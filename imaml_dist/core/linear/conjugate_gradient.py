@@ -7,10 +7,11 @@ Differences from the textbook routine (Hestenes and Stiefel 1952; Nocedal and Wr
 2. Before every step the curvature `p'Ap` is tested. Where it is not positive, A is not positive definite and the step
    would climb: the task keeps the iterate it has (Steihaug 1983).
 3. The residual reported is the true one. The recurrence's `r = b - sum alpha A p` differs from `b - A x` by rounding
-   alone, which stays below `sqrt(eps)` of the distance `sum alpha ||A p||` that it came; where it is larger than that, as it is
-   unless a solve has nearly come to the end of its digits, it is taken, and a product of its own tells elsewhere. Where that
-   says that the recurrence only seemed to converge, so does the outcome. Where products are coarser than the type (`precision`),
-   the recurrence adds up their errors too, and is never taken.
+   alone, some `eps ||A||` of the way `sum alpha ||p||` that x came (along small eigenvalues it is long). Where it is well
+   above that and above `sqrt(eps)` of its own way `sum alpha ||A p||`, as it is unless a solve has nearly come to the end of its
+   digits, it is taken, and a product of its own tells elsewhere. Where that says that the recurrence only seemed to
+   converge, so does the outcome. Where products are coarser than the type (`precision`), the recurrence adds up their errors
+   too, and is never taken.
 4. The solve is for the way from the start, in units of the first residual (`unit`), so that a small right side is no zero.
 """
 
@@ -26,11 +27,15 @@ from imaml_dist.core.linear.solution import (
     at_once,
     check_arguments,
     dot,
+    end_of_digits,
     judged,
     ratio,
     tolerance,
     unit,
 )
+
+TRUST = 16.0
+"""Multiple of what a product's rounding may have made of the recurrence's residual, above which that is taken for the true one."""
 
 
 def conjugate_gradient(
@@ -47,9 +52,9 @@ def conjugate_gradient(
     """Solve `A_t x_t = b_t` for every task t, A symmetric positive definite.
 
     Minimises `1/2 x'Ax - b'x` over the Krylov space (eq. 7 of the paper). A task ends when
-    `||r|| <= max(rtol ||b||, atol, eps ||b||)`, when it meets `p'Ap <= eps ||p|| ||Ap||`, when a number is not finite, or after
-    `max_iterations` steps. Cost: one product a step, one if `x0` is given, and one more for the true residual where rounding
-    could hide in the recurrence's, where products are coarse, or on a GPU, which is never asked whether rounding could.
+    `||r|| <= max(rtol ||b||, atol)`, when the type's digits end, when it meets `p'Ap <= eps ||p|| ||Ap||`, when a number is not
+    finite, or after `max_iterations` steps. Cost: one product a step, one if `x0` is given, and one more for the true residual
+    where rounding could hide in the recurrence's, where products are coarse, or on a GPU, which is never asked whether it could.
 
     Args:
         matvec: `[T, P] -> [T, P]`, linear and symmetric, row t depending on row t only.
@@ -77,21 +82,24 @@ def conjugate_gradient(
     units = unit(r)
     r = r / units
     target = r if x0 is None else b / units
-    norm_b = torch.linalg.vector_norm(target, dim=-1)
+    norm_b, norm = (torch.linalg.vector_norm(v, dim=-1) for v in (target, r))
     threshold = tolerance(norm_b, units, rtol, atol)
+    end = end_of_digits(threshold, norm_b, norm)
 
     x = torch.zeros_like(b)  # the way from the start, in these units
     z = r if preconditioner is None else preconditioner(r)
     p, rz = z, dot(r, z)
-    finite = rz.isfinite()
+    finite = rz.isfinite() & norm.isfinite()
     start = None if x0 is None else torch.where(finite[:, None], x0, 0.0)
-    done = torch.linalg.vector_norm(r, dim=-1) <= threshold
+    done = norm <= end
     active = finite & ~done
     outcome = torch.full_like(rz, running, dtype=torch.int64)
     outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
     outcome = torch.where(finite, outcome, int(Outcome.NON_FINITE))
     iterations = torch.zeros_like(outcome)
     distance = torch.linalg.vector_norm(target - r, dim=-1)  # that r came
+    way = torch.zeros_like(norm) if x0 is None else torch.linalg.vector_norm(x0 / units, dim=-1)  # that x came
+    steepest = torch.zeros_like(norm)  # a lower bound of ||A||
     # On the CPU reading a flag costs nothing: a finished batch can leave early, and one in which no task has ended is spared the
     # masks. Both give the same result.
     on_host = b.device.type == "cpu"
@@ -106,33 +114,39 @@ def conjugate_gradient(
         p = where_active(p, 0.0)
         ap = matvec(p)
         curvature = dot(p, ap)
-        length = torch.linalg.vector_norm(ap, dim=-1)
-        scale = torch.linalg.vector_norm(p, dim=-1) * length
+        stride, length = torch.linalg.vector_norm(p, dim=-1), torch.linalg.vector_norm(ap, dim=-1)
+        scale = stride * length
         finite = curvature.isfinite() & scale.isfinite()
         descends = curvature > tiny * scale
         outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
         outcome = torch.where(active & finite & ~descends, negative, outcome)
         active = active & finite & descends
 
-        alpha = torch.where(active, rz / curvature, 0.0)[:, None]
-        x_next, r_next = torch.addcmul(x, alpha, p), torch.addcmul(r, alpha, ap, value=-1)
+        alpha = torch.where(active, rz / curvature, 0.0)
+        x_next = torch.addcmul(x, alpha[:, None], p)
+        r_next = torch.addcmul(r, alpha[:, None], ap, value=-1)
+        way_next = torch.addcmul(way, alpha.abs(), stride)
         z_next = r_next if preconditioner is None else preconditioner(r_next)
         rz_next = dot(r_next, z_next)
-        finite = rz_next.isfinite()
+        finite = rz_next.isfinite() & way_next.isfinite()
         outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
         active = active & finite
 
         x, r = where_active(x_next, x), where_active(r_next, r)
         iterations = iterations + active
-        distance = torch.where(active, torch.addcmul(distance, alpha[:, 0], length), distance)
-        done = active & (torch.linalg.vector_norm(r, dim=-1) <= threshold)
+        distance = torch.where(active, torch.addcmul(distance, alpha.abs(), length), distance)
+        way = torch.where(active, way_next, way)
+        steepest = torch.where(active, torch.maximum(steepest, length / stride), steepest)
+        done = active & (torch.linalg.vector_norm(r, dim=-1) <= end)
         outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
-        active = active & ~done
+        active = active & ~done & (rz_next > 0)  # it is not where rounding has made a preconditioner indefinite
         p = torch.addcmul(z_next, torch.where(active, rz_next / rz, 0.0)[:, None], p)
         rz = torch.where(active, rz_next, rz)
 
     norm = torch.linalg.vector_norm(r, dim=-1)
-    trusted = norm > tiny**0.5 * distance  # false where anything is not finite
+    trusted = (norm > tiny**0.5 * distance) & (
+        norm > TRUST * tiny * steepest * way
+    )  # false where anything is not finite
     if precision is not None and precision > tiny:
         trusted = torch.zeros_like(trusted)
     value = units * x if start is None else torch.addcmul(start, units, x)

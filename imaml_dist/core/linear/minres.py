@@ -11,6 +11,7 @@ from imaml_dist.core.linear.solution import (
     Outcome,
     check_arguments,
     dot,
+    end_of_digits,
     judged,
     ratio,
     tolerance,
@@ -33,11 +34,13 @@ def minres(
     A Lanczos process builds an orthogonal basis in which A is tridiagonal; Givens rotations turn that into a triangle as
     it grows. Positive definiteness is not needed, so negative curvature is no obstacle. In exact arithmetic the residual never
     grows; in rounded arithmetic the basis loses its orthogonality, and on ill-conditioned systems (about 1e5 in float32) x can
-    end far from where the recurrence believes. So the true residual decides at the end: never a worse iterate than the start.
+    end far from where the recurrence believes; on a singular system without a solution every step beyond the best divides by
+    rounding. So the first iterate that may be the best there, with `||A r|| <= sqrt(eps) ||A|| ||r||`, is kept, and the true residual
+    decides at the end: never a worse iterate than that one, or the start.
 
-    A task ends when its residual norm is at most `max(rtol ||b||, atol, eps ||b||)` (in the norm of the preconditioner where there
-    is one), when the Krylov space is exhausted, when a number is not finite, or after `max_iterations`. Cost: one product an
-    iteration, one for the true residual, and one if `x0` is given.
+    A task ends when its residual norm is at most `max(rtol ||b||, atol)` (both in the norm of the preconditioner where there
+    is one), when the type's digits end, when the Krylov space is exhausted, when a number is not finite, or after `max_iterations`.
+    Cost: one product an iteration, one or two for the true residual, and one if `x0` is given.
 
     Args:
         matvec: `[T, P] -> [T, P]`, linear and symmetric, row t depending on row t only.
@@ -75,7 +78,8 @@ def minres(
     start = zero if x0 is None else torch.where(finite[:, None], x0, 0.0)
     first_norm, first_size = torch.linalg.vector_norm(r, dim=-1), beta
     x = zero  # the way from the start, in these units
-    done = finite & (beta <= threshold)
+    end = end_of_digits(threshold, size_b, beta)
+    done = finite & (beta <= end)
     active = finite & ~done
     outcome = torch.full_like(beta, int(Outcome.MAX_ITERATIONS), dtype=torch.int64)
     outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
@@ -88,6 +92,7 @@ def minres(
     cosine, sine = -torch.ones_like(beta), torch.zeros_like(beta)
     dbar, epsilon, phibar = torch.zeros_like(beta), torch.zeros_like(beta), beta
     largest = torch.zeros_like(beta)
+    doubted, kept, kept_size, kept_iterations = torch.zeros_like(done), x, beta, iterations
     for _ in range(max_iterations):
         if on_host and not bool(active.any()):
             break
@@ -110,6 +115,12 @@ def minres(
         largest = torch.maximum(largest, torch.where(active, gamma, 0.0))
         exhausted = beta_next <= 10 * tiny * largest
         singular = gamma <= 10 * tiny * largest  # nothing in this direction lowers the residual
+        doubtful = active & ~doubted & (torch.hypot(gbar, dbar_next) <= tiny**0.5 * largest)
+        if not on_host or bool(doubtful.any()):
+            kept = torch.where(doubtful[:, None], x, kept)
+            kept_size = torch.where(doubtful, phibar.abs(), kept_size)
+            kept_iterations = torch.where(doubtful, iterations, kept_iterations)
+            doubted = doubted | doubtful
         moves = active & ~singular
         gamma = torch.where(moves, gamma, 1.0)
         cosine_next, sine_next = gbar / gamma, beta_next / gamma
@@ -119,7 +130,7 @@ def minres(
         iterations = iterations + moves
         phibar = torch.where(moves, sine_next * phibar, phibar)
 
-        done = active & ((phibar.abs() <= threshold) | (exhausted & ~singular))
+        done = active & ((phibar.abs() <= end) | (exhausted & ~singular))
         outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
         active = active & ~done & ~singular
 
@@ -131,9 +142,16 @@ def minres(
         cosine, sine = torch.where(active, cosine_next, -1.0), torch.where(active, sine_next, 0.0)
         dbar, epsilon = torch.where(active, dbar_next, 0.0), torch.where(active, epsilon_next, 0.0)
 
-    value = torch.addcmul(start, units, x)
-    r = (b - matvec(value)) / units
-    norm, size = torch.linalg.vector_norm(r, dim=-1), dot(r, precondition(r)).sqrt()
+    def measured(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        value = torch.addcmul(start, units, x)
+        r = (b - matvec(value)) / units
+        return value, torch.linalg.vector_norm(r, dim=-1), dot(r, precondition(r)).sqrt()
+
+    value, norm, size = measured(x)
+    worse = doubted & ~(size <= kept_size)
+    if not on_host or bool(worse.any()):
+        value, norm, size = measured(torch.where(worse[:, None], kept, x))
+        iterations = torch.where(worse, kept_iterations, iterations)
     spoiled = (outcome != int(Outcome.NON_FINITE)) & ~(size <= first_size)
     outcome = torch.where(spoiled, int(Outcome.MAX_ITERATIONS), judged(outcome, size, threshold))
     iterations = torch.where(spoiled, 0, iterations)

@@ -12,6 +12,7 @@ from imaml_dist.core.linear.solution import (
     at_once,
     check_arguments,
     dot,
+    end_of_digits,
     judged,
     ratio,
     tolerance,
@@ -70,7 +71,8 @@ def neumann(
     norm = torch.linalg.vector_norm(r, dim=-1)
     finite = norm.isfinite()
     start = None if x0 is None else torch.where(finite[:, None], x0, 0.0)
-    done = finite & (norm <= threshold)
+    end = end_of_digits(threshold, norm_b, norm)
+    done = finite & (norm <= end)
     active = finite & ~done
     outcome = torch.full_like(norm, int(Outcome.MAX_ITERATIONS), dtype=torch.int64)
     outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
@@ -78,26 +80,33 @@ def neumann(
     iterations = torch.zeros_like(outcome)
     s = torch.full_like(norm, torch.inf if scale is None else scale)
     on_host = b.device.type == "cpu"
+    way = torch.zeros_like(norm)  # that x came
 
     for _ in range(max_iterations):
         if on_host and not bool(active.any()):
             break
         r = torch.where(active[:, None], r, 0.0)
         ar = matvec(r)
-        curvature, squared = dot(r, ar), dot(ar, ar)
-        finite = curvature.isfinite() & squared.isfinite()
-        positive = curvature > tiny * torch.linalg.vector_norm(r, dim=-1) * squared.sqrt()
+        curvature, length = dot(r, ar), torch.linalg.vector_norm(ar, dim=-1)
+        finite = curvature.isfinite() & length.isfinite()
+        positive = curvature > tiny * norm * length
         outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
         outcome = torch.where(active & finite & ~positive, int(Outcome.NEGATIVE_CURVATURE), outcome)
         active = active & finite & positive
 
-        steepest = curvature / squared
+        steepest = curvature / length / length  # not over a square, which may vanish
         s = torch.where(active & (s > 2 * steepest), steepest, s)
+        way_next = way + s * norm
+        finite = way_next.isfinite()
+        outcome = torch.where(active & ~finite, int(Outcome.NON_FINITE), outcome)
+        active = active & finite
+        way = torch.where(active, way_next, way)
         step = torch.where(active, s, 0.0)[:, None]
         x = torch.where(active[:, None], x + step * r, x)
         r = torch.where(active[:, None], r - step * ar, 0.0)
+        norm = torch.linalg.vector_norm(r, dim=-1)
         iterations = iterations + active
-        done = active & (torch.linalg.vector_norm(r, dim=-1) <= threshold)
+        done = active & (norm <= end)
         outcome = torch.where(done, int(Outcome.CONVERGED), outcome)
         active = active & ~done
 

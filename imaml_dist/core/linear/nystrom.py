@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.core.curvature import Matvec
+from imaml_dist.core.eigen import eigh
 from imaml_dist.core.linear.solution import LinearSolution, Outcome, relative_residual
 from imaml_dist.core.linear.system import ProximalSystem
 
@@ -60,7 +61,7 @@ def low_rank_curvature(curvature: Matvec, like: Tensor, *, rank: int, seed: int 
     w = torch.einsum("pr,tps->trs", omega, y)
     usable = w.isfinite().flatten(1).all(-1)
     # A task whose products are not finite must not stop the decomposition of the others; it stays not finite in y.
-    d, q = torch.linalg.eigh(torch.where(usable[:, None, None], 0.5 * (w + w.mT), 0.0))
+    d, q = eigh(torch.where(usable[:, None, None], 0.5 * (w + w.mT), 0.0))
     magnitude = d if positive else d.abs()
     kept = magnitude > 10 * rank * torch.finfo(d.dtype).eps * d.abs().amax(-1, keepdim=True)
     columns = torch.where(kept[:, None, :], y @ q, 0.0)

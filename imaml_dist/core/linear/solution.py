@@ -71,8 +71,8 @@ def relative_residual(matvec: Matvec, b: Tensor, x: Tensor) -> Tensor:
 
 
 def relative_size(r: Tensor, b: Tensor) -> Tensor:
-    """`||r|| / ||b||` per task, `[T, P], [T, P] -> [T]`, however small b is; 0 where both are zero."""
-    scale = unit(b)
+    """`||r|| / ||b||` per task, `[T, P], [T, P] -> [T]`, however small or large b is; 0 where both are zero."""
+    scale = _power(b)
     return ratio(torch.linalg.vector_norm(r / scale, dim=-1), torch.linalg.vector_norm(b / scale, dim=-1))
 
 
@@ -88,19 +88,30 @@ def unit(v: Tensor) -> Tensor:
     side for zero. All its steps are homogeneous, and a division by a power of two changes no digit, so it may work on
     `v / unit(v)`: the same bits where nothing vanishes, the right ones where something did. What is too large stays so.
     """
+    return _power(v).clamp(max=1.0)
+
+
+def _power(v: Tensor) -> Tensor:
+    """The power of two per task, `[T, P] -> [T, 1]`, in which the largest entry of v lies in [1, 2); 1 where it is zero or not finite."""
     largest = torch.linalg.vector_norm(v, ord=torch.inf, dim=-1, keepdim=True)
     power = largest / (2 * torch.frexp(largest).mantissa)
-    return torch.where((largest > 0) & (largest < 1), power, 1.0)
+    return torch.where((largest > 0) & largest.isfinite(), power, 1.0)
 
 
 def tolerance(norm_b: Tensor, units: Tensor, rtol: float, atol: float) -> Tensor:
-    """`max(rtol ||b||, atol, eps ||b||)` in the units `[T, 1]` that `norm_b` `[T]` is given in, `[T]`; eps is that of their type.
-
-    A residual that a recurrence puts below `eps ||b||` is one of its own only: the iterate has no digits left to follow. Going on
-    all the same, its squares come to the smallest numbers of the type, and what is left of their ratios throws the iterate far off.
-    """
+    """`max(rtol ||b||, atol)` in the units `[T, 1]` that `norm_b` `[T]` is given in, `[T]`."""
     # A number over a tensor is the number times a reciprocal, which overflows for the smallest units.
-    return torch.maximum(max(rtol, torch.finfo(norm_b.dtype).eps) * norm_b, torch.full_like(norm_b, atol) / units[:, 0])
+    return torch.maximum(rtol * norm_b, torch.full_like(norm_b, atol) / units[:, 0])
+
+
+def end_of_digits(threshold: Tensor, norm_b: Tensor, norm_r: Tensor) -> Tensor:
+    """Where a recurrence is followed no further: `max(threshold, eps ||b||, eps ||r||)`, r the first residual; all `[T]`.
+
+    A residual that a recurrence puts below is one of its own only: the iterate has no digits left to follow. Going on all the same,
+    its squares come to the smallest numbers of the type, and what is left of their ratios throws the iterate far off. Whether a task
+    that ends so has converged is for `judged` to say, by the threshold.
+    """
+    return torch.maximum(threshold, torch.finfo(norm_b.dtype).eps * torch.maximum(norm_b, norm_r))
 
 
 def judged(outcome: Tensor, residual: Tensor, threshold: Tensor) -> Tensor:

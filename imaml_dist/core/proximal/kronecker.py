@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from imaml_dist.core.eigen import eigh
 from imaml_dist.core.vector import ParameterLayout
 
 
@@ -103,11 +104,13 @@ class KroneckerProximal:
 
     @cached_property
     def _spectra(self) -> dict[str, tuple[Tensor, Tensor]]:
-        return {
-            name: tuple(torch.linalg.eigh(factor))
-            for name, factor in self.factors.items()
-            if not name.endswith(".strengths")
-        }
+        return {name: _spectrum(factor) for name, factor in self.factors.items() if not name.endswith(".strengths")}
+
+
+def _spectrum(factor: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues and eigenvectors of a positive definite factor; what rounding makes of the smallest stays positive."""
+    (d,), (q,) = eigh(factor[None])
+    return torch.maximum(d, torch.finfo(d.dtype).eps * d[-1]), q
 
 
 def _symmetric(matrix: Tensor) -> Tensor:

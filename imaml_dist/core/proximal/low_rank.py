@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from imaml_dist.core.eigen import eigh
+
 
 @dataclass(frozen=True)
 class LowRankProximal:
@@ -36,11 +38,16 @@ class LowRankProximal:
         return torch.addcmul(base, v, self.strengths) + (v @ self.factor) @ self.factor.mT
 
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
-        """`(D + U U')^-1 v` with `D = diag(d) + shift I`, by the Woodbury identity: an r x r system."""
+        """`(D + U U')^-1 v` with `D = diag(d) + shift I`, by the Woodbury identity: an r x r system.
+
+        Its matrix `I + U'D^-1 U` has no eigenvalue below 1; one that comes out smaller, as with strengths far below nearly parallel
+        columns, is rounding.
+        """
         scaled = self.factor / (self.strengths + shift)[:, None]
         inner = torch.eye(self.factor.shape[1], dtype=v.dtype, device=v.device) + self.factor.mT @ scaled
         outside = v / (self.strengths + shift)
-        correction = torch.cholesky_solve((v @ scaled).unsqueeze(-1), torch.linalg.cholesky(inner)).squeeze(-1)
+        (d,), (q,) = eigh(inner[None])
+        correction: Tensor = ((v @ scaled @ q) / d.clamp(min=1.0)) @ q.mT
         return outside - correction @ scaled.mT
 
     def diagonal(self) -> Tensor:

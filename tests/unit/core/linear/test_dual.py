@@ -86,6 +86,31 @@ def test_a_broken_task_leaves_the_others_their_bits():
     assert torch.equal(found.value[[0, 2]], expected.value[[0, 2]])
 
 
+@pytest.mark.parametrize("scale", [0.0, 8.0, 30.0])
+def test_samples_that_are_sure_of_their_class_are_not_coupled(scale):
+    """Their blocks are cancellation alone; what another task's are must not change how a task is computed."""
+    task, b = problem("plain", cross_entropy)
+    at = task.anchor.float()
+    at[1, -WAY:] += torch.tensor([scale, 0.0, 0.0, 0.0])  # the biases of the outputs
+
+    def solve(tasks):
+        x, y = task.support.x.float()[tasks], task.support.y[tasks]
+        functional = FunctionalModel(network("plain").float())
+        asked = []
+
+        def each(params):
+            asked.append(1)
+            return functional.predict(params, x.flatten(0, 1).unsqueeze(1)).flatten(0, 1)
+
+        matrix = GaussNewton(lambda p: functional.predict(p, x), lambda o: cross_entropy(o, y), at[tasks], each)
+        return dual_gauss_newton(ProximalSystem(matrix, ScalarProximal(0.1)), b.float()[tasks]), len(asked)
+
+    (together, fast), (alone, _) = solve([0, 1, 2]), solve([0])
+    assert fast, "samples were taken for coupled"
+    torch.testing.assert_close(together.value[0], alone.value[0], rtol=1e-4, atol=1e-4)
+    assert (together.outcome == Outcome.CONVERGED).all()
+
+
 def test_misuse_is_refused():
     task, b = problem("plain", cross_entropy)
     with pytest.raises(ValueError, match="needs a Gauss-Newton operator"):

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from imaml_dist.core.proximal.kronecker import KroneckerProximal
+from imaml_dist.core.proximal.low_rank import LowRankProximal
 from imaml_dist.core.proximal.parametrisation import LARGEST_SIDE, Parametrisation
 from imaml_dist.core.proximal.scalar import ScalarProximal
 from imaml_dist.core.vector import ParameterLayout
@@ -153,3 +155,28 @@ def test_a_part_of_a_layer_has_a_strength_of_its_own_in_a_diagonal():
     subject = Parametrisation("diagonal", NAMED)
     found = subject.build(subject.initial(2.0, torch.float64, {"head.bias": 0.5})).diagonal()
     torch.testing.assert_close(found[-4:], torch.tensor([2.0, 0.5, 0.5, 0.5], dtype=torch.float64), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 1e-6, 1e-9])
+def test_a_low_rank_solve_of_nearly_parallel_columns_stays_positive_definite(strength):
+    """`I + U'D^-1 U` is then so large that float32 loses its smallest eigenvalue, which is 1 at least."""
+    generator = torch.Generator().manual_seed(0)
+    column = torch.randn(40, 1, generator=generator)
+    factor = torch.cat([column, column + 1e-4 * torch.randn(40, 1, generator=generator)], dim=1)
+    v = torch.randn(20, 40, generator=generator)
+    found = LowRankProximal(torch.full((40,), strength), factor).solve(v)
+    assert found.isfinite().all() and ((v * found).sum(-1) > 0).all()
+
+
+@pytest.mark.parametrize("decades", [2, 4, 6])
+def test_a_kronecker_solve_of_ill_conditioned_factors_stays_positive_definite(decades):
+    generator = torch.Generator().manual_seed(0)
+    layout = ParameterLayout(("weight",), ((8, 8),))
+
+    def factor():
+        q, _ = torch.linalg.qr(torch.randn(8, 8, generator=generator, dtype=torch.float64))
+        return ((q * torch.logspace(0, -2 * decades, 8, dtype=torch.float64)) @ q.mT).float()
+
+    v = torch.randn(20, 64, generator=generator)
+    found = KroneckerProximal(layout, {"weight.left": factor(), "weight.right": factor()}).solve(v)
+    assert found.isfinite().all() and ((v * found).sum(-1) > 0).all()
