@@ -2,7 +2,7 @@
 
 imaml prepare omniglot --out data/omniglot --source path/to/archives
 python benchmarks/operators.py --data data/omniglot --minutes 90 --json operators.json --png operators.png
-python benchmarks/operators.py --data data/omniglot --set data.way=20 --tasks 400 --every 200 --out runs/operators20 --json operators20.json
+python benchmarks/operators.py --data data/omniglot --set data.way=20 --tasks 240 --every 120 --out runs/operators20 --json operators20.json
 
 Every cell meta-trains Conv-4 in one process of one thread, from the same initial network on the same episodes, until it has used
 both `--tasks` tasks and `--seconds` seconds of processor time; the outer rate is constant and what is tested are the averaged
