@@ -82,7 +82,8 @@ def conjugate_gradient(
     units = unit(r)
     r = r / units
     target = r if x0 is None else b / units
-    norm_b, norm = (torch.linalg.vector_norm(v, dim=-1) for v in (target, r))
+    norm_b = torch.linalg.vector_norm(target, dim=-1)
+    norm = norm_b if x0 is None else torch.linalg.vector_norm(r, dim=-1)
     threshold = tolerance(norm_b, units, rtol, atol)
     end = end_of_digits(threshold, norm_b, norm)
 
@@ -144,9 +145,8 @@ def conjugate_gradient(
         rz = torch.where(active, rz_next, rz)
 
     norm = torch.linalg.vector_norm(r, dim=-1)
-    trusted = (norm > tiny**0.5 * distance) & (
-        norm > TRUST * tiny * steepest * way
-    )  # false where anything is not finite
+    # False where anything is not finite.
+    trusted = (norm > tiny**0.5 * distance) & (norm > TRUST * tiny * steepest * way)
     if precision is not None and precision > tiny:
         trusted = torch.zeros_like(trusted)
     value = units * x if start is None else torch.addcmul(start, units, x)
