@@ -60,8 +60,7 @@ def low_rank_curvature(curvature: Matvec, like: Tensor, *, rank: int, seed: int 
     y = torch.stack([curvature(omega[:, k].expand_as(like)) for k in range(rank)], dim=-1)
     w = torch.einsum("pr,tps->trs", omega, y)
     usable = w.isfinite().flatten(1).all(-1)
-    # A task whose products are not finite must not stop the decomposition of the others; it stays not finite in y.
-    d, q = eigh(torch.where(usable[:, None, None], 0.5 * (w + w.mT), 0.0))
+    d, q = eigh(0.5 * (w + w.mT))
     magnitude = d if positive else d.abs()
     kept = magnitude > 10 * rank * torch.finfo(d.dtype).eps * d.abs().amax(-1, keepdim=True)
     columns = torch.where(kept[:, None, :], y @ q, 0.0)
