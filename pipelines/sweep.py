@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,13 +28,16 @@ from imaml_dist.sweeps.ledger import Ledger, Trial
 from imaml_dist.sweeps.outcome import best_of, outcome
 from imaml_dist.sweeps.search import Search
 from pipelines import console, kernels
+from pipelines.background import Background
 from pipelines.evaluate import evaluate_run
-from pipelines.exit_codes import INTERRUPTED
+from pipelines.signals import on_signals
 from pipelines.summary import versions
 from pipelines.sweep_table import SweepTable, show_outcome
 from pipelines.sweep_tracking import SweepTracking, server
 
 POLL_S = 0.5
+
+GOES_ON = "the same command goes on with the sweep"
 
 
 def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: bool) -> bool:
@@ -86,11 +85,11 @@ def _run(search: Search, need: Callable[[], Need], dataset: Dataset, validation:
     """Train, test and tell; False after a request to stop. MLflow hears of every end but that of a process which is killed."""
     tracking = SweepTracking(search)
     status, found = "FAILED", None
-    with _on_signals(_leave):
+    with on_signals(_leave, GOES_ON):
         try:
             if search.left and not _train(search, need(), tracking.begin()):
                 _leave()
-            with _on_signals(_leave):  # anew: Ray, as it ends, leaves SIGTERM to kill the process
+            with on_signals(_leave, GOES_ON):  # anew: Ray, as it ends, leaves SIGTERM to kill the process
                 found = _conclude(search, dataset, validation)
             status = "FINISHED"
         except (KeyboardInterrupt, SystemExit):  # the second is what Ray makes of SIGTERM
@@ -98,7 +97,7 @@ def _run(search: Search, need: Callable[[], Need], dataset: Dataset, validation:
             again = f"interrupted; the same command goes on with the sweep: {search.directory.path}"
             console.err.print(again, soft_wrap=True)
         finally:
-            with _on_signals(_wait):
+            with on_signals(_wait, GOES_ON):
                 tracking.close(status, found)
     return status == "FINISHED"
 
@@ -134,62 +133,24 @@ def _train(search: Search, need: Need, parent: str) -> bool:
             soft_wrap=True,
         )
         command = [sys.executable, "-m", "pipelines.trial", parent]
-        tuning = _Tuning(lambda: tune_on_ray(search, need, at_a_time, command, server()))
-        thread = threading.Thread(target=tuning, name="tune", daemon=True)
+        tuning = Background("tune", lambda: tune_on_ray(search, need, at_a_time, command, server()))
 
         def ask() -> None:
             console.err.print("stopping as soon as all trials have saved their state; once more to stop at once")
             search.directory.stop_file.touch()
 
-        with _on_signals(ask), SweepTable(search) as table:
-            thread.start()
-            while thread.is_alive():
-                thread.join(POLL_S)
+        with on_signals(ask, GOES_ON), SweepTable(search) as table:
+            tuning.start()
+            while tuning.is_alive():
+                tuning.join(POLL_S)
                 table.update()
-        if tuning.error:
-            raise tuning.error[0]
+        tuning.outcome()
     left = [trial.number for trial in search.ledger.trials if trial.status == "running"]
     if (left or search.left) and not search.directory.stop_file.exists():
         raise ClusterError(
             f"Ray Tune ended before all trials had (trials {left} had begun); run the same command again, and the sweep goes on"
         )
     return not (left or search.left)
-
-
-@dataclass
-class _Tuning:
-    """Ray Tune in a thread of its own: the main thread shows the table and hears signals."""
-
-    run: Callable[[], None]
-    error: list[BaseException] = field(default_factory=list)
-
-    def __call__(self) -> None:
-        try:
-            self.run()
-        except BaseException as error:  # handed to the main thread, which raises it
-            self.error.append(error)
-
-
-@contextmanager
-def _on_signals(ask: Callable[[], None]) -> Iterator[None]:
-    """SIGINT and SIGTERM `ask` for an end in good order; a second one is obeyed at once."""
-    asked = False
-
-    def handle(number: int, frame: object) -> None:
-        nonlocal asked
-        if asked:
-            console.err.print("stopped at once; the same command goes on with the sweep")
-            sys.stdout.flush()
-            os._exit(INTERRUPTED)
-        asked = True
-        ask()
-
-    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _leave() -> None:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,14 +34,13 @@ from imaml_dist.training import warm_start
 from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console, kernels
+from pipelines.background import Background
 from pipelines.profile import show_profile
+from pipelines.signals import on_signals
 from pipelines.summary import is_finished, show_summary, summary
 from pipelines.tracking import finish_tracking, mlflow_run
 
 POLL_S = 0.5
-
-INTERRUPTED = 130
-"""Exit code."""
 
 
 def train(
@@ -157,21 +153,6 @@ def _try_model(config: ExperimentConfig, learner: MetaLearner, source: TaskSourc
         ) from error
 
 
-@dataclass
-class _Backend:
-    """The training loop in a thread of its own: the main thread follows it and hears signals."""
-
-    run: Callable[[], Stop]
-    result: list[Stop] = field(default_factory=list)
-    error: list[BaseException] = field(default_factory=list)
-
-    def __call__(self) -> None:
-        try:
-            self.result.append(self.run())
-        except BaseException as error:  # handed to the main thread, which raises it
-            self.error.append(error)
-
-
 def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
     exported = None
     with ExitStack() as stack:
@@ -186,20 +167,19 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
             console.out.print(f"starting {most if fewest == most else f'{fewest} to {most}'} Ray workers")
             stack.enter_context(ray_session(fewest * config.run.threads))
             check_room(Needs(fewest, most, config.run.threads, config.run.gpus_per_worker if cuda else 0.0))
-            backend = _Backend(lambda: train_on_ray(config, run))
+            training = Background("training", lambda: train_on_ray(config, run))
             exported = RunMetrics(config.name)
         else:
             from imaml_dist.distributed.local import train_local
 
-            backend = _Backend(lambda: train_local(config, run))
+            training = Background("training", lambda: train_local(config, run))
         stack.enter_context(run.following())
         stack.enter_context(_stop_on_signals(run))
         show = stack.enter_context(console.progress(f"meta-training {config.name}"))
-        thread = threading.Thread(target=backend, name="training", daemon=True)
         follower, last, starts, began = Follower(run.metrics_file), 0, len(run.starts()), time.time()
-        thread.start()
-        while thread.is_alive():
-            thread.join(POLL_S)
+        training.start()
+        while training.is_alive():
+            training.join(POLL_S)
             run.confirm_driving()
             for start in run.starts()[starts:]:
                 starts += 1
@@ -212,9 +192,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
                 if exported is not None and record["time"] >= began:  # an earlier command has told of the others
                     exported.observe(record)
                 show(last, config.run.steps, console.step_remark(record))
-        if backend.error:
-            raise backend.error[0]
-    return backend.result[0]
+        return training.outcome()
 
 
 def _origin(start: dict[str, Any]) -> str:
@@ -225,24 +203,17 @@ def _origin(start: dict[str, Any]) -> str:
 
 @contextmanager
 def _stop_on_signals(run: RunDirectory) -> Iterator[None]:
-    """SIGINT and SIGTERM ask the loop for a checkpoint and an end; a second one is obeyed at once."""
+    """A first signal asks the loop for a checkpoint and an end."""
 
-    def handle(number: int, frame: object) -> None:
-        if run.stop_file.exists():
-            # Not by an exception: it would wait for a training thread that is in the middle of a step.
-            console.err.print("stopped at once; the same command goes on from the last checkpoint")
-            sys.stdout.flush()
-            os._exit(INTERRUPTED)
+    def ask() -> None:
         console.err.print("stopping as soon as the state can be saved; once more to stop at once")
         run.request_stop()
 
-    earlier = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield
+        with on_signals(ask, "the same command goes on from the last checkpoint"):
+            yield
     finally:
         run.withdraw_stop()
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
 
 
 def _close(tracker: MlflowRun, run: RunDirectory, status: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import shutil
 import signal
 import sqlite3
 import time
@@ -253,6 +254,18 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_t
     assert "the same command goes on from the last checkpoint" in command.output
     assert imaml("train", str(config), "--run-dir", "run", cwd=tmp_path)[0] == 0
     assert fingerprint(tmp_path / "run") == train_alone(tiny(data, **run), tmp_path / "gold")
+
+
+def test_a_second_signal_is_obeyed_at_once_even_if_the_run_directory_is_gone(data, tmp_path):
+    config = write_config(tmp_path / "tiny.yaml", data, steps=100_000, checkpoint_every=100_000)
+    with Command("train", str(config), "--run-dir", "run", cwd=tmp_path) as command:
+        wait_for_step(tmp_path / "run" / "metrics.jsonl", 2, command)
+        shutil.rmtree(tmp_path / "run")
+        command.kill(signal.SIGINT)
+        time.sleep(2.0)  # of which nothing comes, for there is nowhere to ask the loop
+        command.kill(signal.SIGINT)
+        assert command.wait(10) == 130, command.output
+    assert "stopped at once" in command.output
 
 
 @pytest.mark.parametrize(
