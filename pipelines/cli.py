@@ -29,8 +29,21 @@ Run = Annotated[str, typer.Argument(help="Run directory: a path, file:// or s3:/
 Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
+def _show_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"imaml {version('imaml_dist')}")
+        raise typer.Exit
+
+
 @app.callback()
-def options(debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False) -> None:
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version and exit.", callback=_show_version, is_eager=True)
+    ] = False,
+) -> None:
     """Options of every command."""
     state.debug = debug
 
