@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from imaml_dist import __version__
 from imaml_dist.errors import InputError, OutsideError
 from pipelines import console
 from pipelines.cli_jobs import jobs_app
@@ -31,9 +32,7 @@ Json = Annotated[Path | None, typer.Option("--json", help="Also write the result
 
 def _show_version(asked: bool) -> None:
     if asked:
-        from importlib.metadata import version
-
-        typer.echo(f"imaml {version('imaml_dist')}")
+        typer.echo(f"imaml {__version__}")
         raise typer.Exit
 
 

@@ -144,11 +144,34 @@ def test_every_file_says_its_one_idea_and_none_is_a_drawer():
         assert len(path.read_text().splitlines()) <= 330, f"{name} is too long for one idea"
 
 
-def test_importing_the_library_loads_torch_and_none_of_the_vendors():
-    code = "import imaml_dist, sys; print([m for m in sys.argv[1:] if m in sys.modules])"
-    vendors = ["ray", "mlflow", "boto3", "webdataset", "matplotlib", "pydantic", "safetensors", "yaml", "PIL"]
-    done = subprocess.run([sys.executable, "-c", code, *vendors], capture_output=True, text=True, cwd=ROOT, check=True)
-    assert done.stdout.strip() == "[]"
+HEAVY = ["torch", "ray", "mlflow", "boto3", "webdataset", "matplotlib", "pydantic", "safetensors", "yaml", "PIL"]
+
+
+@pytest.mark.parametrize(
+    ("code", "loaded"),
+    [
+        ("import imaml_dist; imaml_dist.__version__", []),
+        ("import pipelines.cli", []),  # so that --help and the shell's completion are there at once
+        ("import imaml_dist.storage.opening", []),
+        ("from imaml_dist import *; MetaLearner, implicit_meta_gradient", ["torch"]),
+    ],
+)
+def test_importing_loads_what_is_used_and_nothing_else(code, loaded):
+    code = f"{code}\nimport sys\nprint([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout.strip() == str(loaded)
+
+
+def test_the_library_offers_its_names_and_no_others():
+    import imaml_dist
+    from imaml_dist import api
+
+    assert all(getattr(imaml_dist, name) is getattr(api, name) for name in api.__all__)
+    assert {"__version__", *api.__all__} <= set(dir(imaml_dist))
+    with pytest.raises(AttributeError, match="'imaml_dist' has no attribute 'MetaLerner'"):
+        _ = imaml_dist.MetaLerner
+    with pytest.raises(ImportError, match="cannot import name 'MetaLerner'"):
+        from imaml_dist import MetaLerner  # noqa: F401
 
 
 def test_nothing_executes_data():
