@@ -18,6 +18,10 @@ from imaml_dist.core.linear.solution import (
     unit,
 )
 
+DOUBT = 0.4
+"""Power of eps: a residual that A shrinks so much lies where A is as good as singular. At 0.5, the basis of some systems had lost its
+orthogonality before."""
+
 
 def minres(
     matvec: Matvec,
@@ -35,8 +39,8 @@ def minres(
     it grows. Positive definiteness is not needed, so negative curvature is no obstacle. In exact arithmetic the residual never
     grows; in rounded arithmetic the basis loses its orthogonality, and on ill-conditioned systems (about 1e5 in float32) x can
     end far from where the recurrence believes; on a singular system without a solution every step beyond the best divides by
-    rounding. So the first iterate that may be the best there, with `||A r|| <= sqrt(eps) ||A|| ||r||`, is kept, and the true residual
-    decides at the end: never a worse iterate than that one, or the start.
+    rounding. So the first iterate that may be the best there, with `||A r|| <= eps^0.4 ||A|| ||r||`, is kept, and is the result unless the
+    last one's true residual is smaller by more than the rounding in it, `eps ||A|| ||x||`. Never a worse iterate than the start.
 
     A task ends when its residual norm is at most `max(rtol ||b||, atol)` (both in the norm of the preconditioner where there
     is one), when the type's digits end, when the Krylov space is exhausted, when a number is not finite, or after `max_iterations`.
@@ -91,7 +95,10 @@ def minres(
     w, w_previous = zero, zero
     cosine, sine = -torch.ones_like(beta), torch.zeros_like(beta)
     dbar, epsilon, phibar = torch.zeros_like(beta), torch.zeros_like(beta), beta
-    largest = torch.zeros_like(beta)
+    largest, stretch = (
+        torch.zeros_like(beta),
+        torch.zeros_like(beta),
+    )  # ||A|| as the preconditioner has it, and as it is
     doubted, kept, kept_size, kept_iterations = torch.zeros_like(done), x, beta, iterations
     for _ in range(max_iterations):
         if on_host and not bool(active.any()):
@@ -100,6 +107,8 @@ def minres(
         v = torch.where(active[:, None], z / safe, 0.0)
         y = matvec(v)
         alpha = dot(v, y)
+        stretched = torch.linalg.vector_norm(y, dim=-1) / torch.linalg.vector_norm(v, dim=-1)
+        stretch = torch.where(active, torch.maximum(stretch, stretched), stretch)
         y = y - alpha[:, None] * r / safe - (beta / beta_previous)[:, None] * r_previous
         z_next = precondition(y)
         squared = dot(y, z_next)
@@ -115,7 +124,7 @@ def minres(
         largest = torch.maximum(largest, torch.where(active, gamma, 0.0))
         exhausted = beta_next <= 10 * tiny * largest
         singular = gamma <= 10 * tiny * largest  # nothing in this direction lowers the residual
-        doubtful = active & ~doubted & (torch.hypot(gbar, dbar_next) <= tiny**0.5 * largest)
+        doubtful = active & ~doubted & (torch.hypot(gbar, dbar_next) <= tiny**DOUBT * largest)
         if not on_host or bool(doubtful.any()):
             kept = torch.where(doubtful[:, None], x, kept)
             kept_size = torch.where(doubtful, phibar.abs(), kept_size)
@@ -148,7 +157,8 @@ def minres(
         return value, torch.linalg.vector_norm(r, dim=-1), dot(r, precondition(r)).sqrt()
 
     value, norm, size = measured(x)
-    worse = doubted & ~(size <= kept_size)
+    rounding = tiny * stretch * torch.linalg.vector_norm(value / units, dim=-1) * ratio(size, norm)
+    worse = doubted & ~(size + rounding <= kept_size)
     if not on_host or bool(worse.any()):
         value, norm, size = measured(torch.where(worse[:, None], kept, x))
         iterations = torch.where(worse, kept_iterations, iterations)

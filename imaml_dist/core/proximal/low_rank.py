@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ class LowRankProximal:
         factor: U, `[P, r]`.
 
     Source: iMAML's remark that lambda may be a matrix, in the form of a factor model; its inverse: Woodbury, "Inverting modified
-    matrices" (1950).
+    matrices" (1950), in an orthonormal basis.
     """
 
     strengths: Tensor
@@ -38,17 +39,31 @@ class LowRankProximal:
         return torch.addcmul(base, v, self.strengths) + (v @ self.factor) @ self.factor.mT
 
     def solve(self, v: Tensor, shift: float = 0.0) -> Tensor:
-        """`(D + U U')^-1 v` with `D = diag(d) + shift I`, by the Woodbury identity: an r x r system.
+        """`(D + U U')^-1 v` with `D = diag(d) + shift I`; `O(P r)` after `O(P r^2)` for a first v.
 
-        Its matrix `I + U'D^-1 U` has no eigenvalue below 1; one that comes out smaller, as with strengths far below nearly parallel
-        columns, is rounding.
+        With `D^-1/2 U = Q R`, Q orthonormal, it is `D^-1/2 (I - Q Q' + Q (I + R R')^-1 Q') D^-1/2 v`. So it stays positive definite where
+        strengths are far below nearly parallel columns, and the smallest eigenvalues of the matrix that Woodbury's identity inverts, which
+        are 1 at least, drown in the largest.
         """
-        scaled = self.factor / (self.strengths + shift)[:, None]
-        inner = torch.eye(self.factor.shape[1], dtype=v.dtype, device=v.device) + self.factor.mT @ scaled
-        outside = v / (self.strengths + shift)
-        (d,), (q,) = eigh(inner[None])
-        correction: Tensor = ((v @ scaled @ q) / d.clamp(min=1.0)) @ q.mT
-        return outside - correction @ scaled.mT
+        root, q, shrinks = self._basis(shift)
+        w = v / root
+        along = w @ q
+        across = w - along @ q.mT
+        across = across - (across @ q) @ q.mT  # what rounding left of the columns there
+        return (across + (along * shrinks) @ q.mT) / root
+
+    def _basis(self, shift: float) -> tuple[Tensor, Tensor, Tensor]:
+        """`D^1/2`, the eigenvectors of `D^-1/2 U U' D^-1/2`, orthonormal `[P, r]`, and `1 / (1 + e)` of its eigenvalues e `[r]`."""
+        if shift not in self._bases:
+            root = (self.strengths + shift).sqrt()
+            q, r = torch.linalg.qr(self.factor / root[:, None])
+            (e,), (o,) = eigh((r @ r.mT)[None])
+            self._bases[shift] = root, q @ o, 1.0 / (1.0 + e.clamp(min=0.0))
+        return self._bases[shift]
+
+    @cached_property
+    def _bases(self) -> dict[float, tuple[Tensor, Tensor, Tensor]]:
+        return {}
 
     def diagonal(self) -> Tensor:
         """`d + rowwise ||U||^2`, `[P]`."""

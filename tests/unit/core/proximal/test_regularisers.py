@@ -158,14 +158,28 @@ def test_a_part_of_a_layer_has_a_strength_of_its_own_in_a_diagonal():
 
 
 @pytest.mark.parametrize("strength", [1e-4, 1e-6, 1e-9])
-def test_a_low_rank_solve_of_nearly_parallel_columns_stays_positive_definite(strength):
+@pytest.mark.parametrize("between", [1e-2, 1e-4, 1e-6])
+def test_a_low_rank_solve_of_nearly_parallel_columns_stays_positive_definite(strength, between):
     """`I + U'D^-1 U` is then so large that float32 loses its smallest eigenvalue, which is 1 at least."""
+    for seed in range(20):
+        generator = torch.Generator().manual_seed(seed)
+        column = torch.randn(40, 1, generator=generator)
+        factor = column + between * torch.randn(40, 1 + seed % 5, generator=generator)
+        v = torch.randn(20, 40, generator=generator)
+        found = LowRankProximal(torch.full((40,), strength), factor).solve(v)
+        assert found.isfinite().all() and ((v * found).sum(-1) > 0).all()
+
+
+def test_a_low_rank_regulariser_of_full_rank_is_solved_in_every_shift():
     generator = torch.Generator().manual_seed(0)
-    column = torch.randn(40, 1, generator=generator)
-    factor = torch.cat([column, column + 1e-4 * torch.randn(40, 1, generator=generator)], dim=1)
-    v = torch.randn(20, 40, generator=generator)
-    found = LowRankProximal(torch.full((40,), strength), factor).solve(v)
-    assert found.isfinite().all() and ((v * found).sum(-1) > 0).all()
+    strengths, factor = (
+        0.1 + torch.rand(3, generator=generator).double(),
+        torch.randn(3, 3, generator=generator).double(),
+    )
+    v, subject = torch.randn(4, 3, generator=generator).double(), LowRankProximal(strengths, factor)
+    for shift in (0.0, 0.5, 0.0, 2.0):
+        dense = torch.diag(strengths + shift) + factor @ factor.T
+        torch.testing.assert_close(subject.solve(v, shift), torch.linalg.solve(dense, v.T).T, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("decades", [2, 4, 6])
