@@ -27,6 +27,7 @@ class Command:
     def __init__(self, *args: str, cwd: Path, inside: Sequence[str] = (), **env: str) -> None:
         self.mark = uuid.uuid4().hex
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MLFLOW_", "AWS_", "IMAML_"))}
+        clean["IMAML_KERNELS"] = os.environ["IMAML_KERNELS"]  # another home would have them compiled again
         environment = {**clean, "IMAML_TEST_MARK": self.mark, "PYTHONPATH": str(ROOT), **env}
         self.process = subprocess.Popen(
             [*inside, sys.executable, "-m", "pipelines.cli", *args],
@@ -109,12 +110,16 @@ def imaml(*args: str, cwd: Path, timeout: float = 240, **env: str) -> tuple[int,
 
 def imaml_here(*args: str, cwd: Path) -> tuple[int, str]:
     """As `imaml`, but in this process, which spares small runs the seconds that imports take."""
-    found = sys.path[:]  # training adds the working directory
+    found = sys.path[:]  # training adds the working directory, where a user's own model may lie
+    known = set(sys.modules)
     try:
         with contextlib.chdir(cwd):
             result = CliRunner().invoke(app, args)
     finally:
         sys.path[:] = found
+        for name in set(sys.modules) - known:
+            if Path(getattr(sys.modules[name], "__file__", None) or "/").parent == Path(cwd):
+                del sys.modules[name]
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.output

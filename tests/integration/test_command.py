@@ -61,7 +61,7 @@ def test_a_local_run_leaves_everything_it_promises(finished, data, tmp_path):
 def test_finished_runs_are_not_repeated_and_fresh_ones_are(finished, data, tmp_path):
     folder, _ = finished
     before = (folder / "run" / "starts.jsonl").read_text()
-    code, output = imaml("train", "tiny.yaml", "--run-dir", "run", cwd=folder)
+    code, output = imaml_here("train", "tiny.yaml", "--run-dir", "run", cwd=folder)
     assert code == 0
     assert "is finished" in output
     assert (folder / "run" / "starts.jsonl").read_text() == before
@@ -77,7 +77,7 @@ def test_evaluate_agrees_with_the_run_and_writes_json(finished):
     assert len(result["per_task"]) == len(result["per_task_inductive"]) == 20
     assert result["accuracy_inductive"] == summary["test_accuracy_inductive"]
     assert "accuracy, inductive" in output
-    assert imaml("evaluate", "run", "--split", "val", "--tasks", "5", cwd=folder)[0] == 0
+    assert imaml_here("evaluate", "run", "--split", "val", "--tasks", "5", cwd=folder)[0] == 0
 
 
 def test_frozen_tasks_are_evaluated_as_the_run_itself_would(finished, data, tmp_path):
@@ -120,7 +120,7 @@ def test_report_can_be_written_again(finished):
     folder, _ = finished
     page = (folder / "run" / "report.html").read_bytes()
     (folder / "run" / "report.html").unlink()
-    code, output = imaml("report", "run", cwd=folder)
+    code, output = imaml_here("report", "run", cwd=folder)
     assert (code, output.strip()) == (0, "run/report.html")
     assert (folder / "run" / "report.html").read_bytes() == page
 
@@ -163,7 +163,7 @@ def test_a_learned_strength_is_seen_everywhere(data, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data, steps=3, tasks_per_step=4)
     learned = "algorithm.lam={kind: diagonal, init: 0.3, learn: true, lr: 0.05}"
     words = [x for o in (learned, "validate.tasks=0", "evaluate.tasks=6", "tracking.mlflow=true") for x in ("--set", o)]
-    code, output = imaml("train", str(config), *words, "--run-dir", "runs/a", cwd=tmp_path)
+    code, output = imaml_here("train", str(config), *words, "--run-dir", "runs/a", cwd=tmp_path)
     assert code == 0, output
     run = tmp_path / "runs" / "a"
     tensors, _ = checkpoints.load_newest(run / "checkpoints")
@@ -196,7 +196,7 @@ def test_other_models_and_operators_run_by_one_switch(data, tmp_path):
         "mlp": "model={kind: mlp, hidden: [16]}",
         "own": "model={kind: 'mine:make', width: 8}",
     }.items():
-        code, output = imaml("train", str(config), "--set", override, "--run-dir", name, cwd=tmp_path)
+        code, output = imaml_here("train", str(config), "--set", override, "--run-dir", name, cwd=tmp_path)
         assert code == 0, output
         assert (tmp_path / name / "report.html").is_file()
 
@@ -222,7 +222,7 @@ def test_a_run_that_begins_warm_says_with_what(data, tmp_path, finished):
     source = json.loads((folder / "run" / "summary.json").read_text())
     config = write_config(tmp_path / "tiny.yaml", data, steps=2)
     (tmp_path / "other").symlink_to(folder / "run")
-    assert imaml("train", str(config), "--set", "warm_start.path=other", "--run-dir", "run", cwd=tmp_path)[0] == 0
+    assert imaml_here("train", str(config), "--set", "warm_start.path=other", "--run-dir", "run", cwd=tmp_path)[0] == 0
     summary = json.loads((tmp_path / "run" / "summary.json").read_text())
     assert summary["warm_start"]["path"] == "other"
     if source["best_step"] == source["meta_steps"]:
@@ -238,7 +238,7 @@ def test_a_run_that_begins_warm_says_with_what(data, tmp_path, finished):
         (["warm_start.path=run"], "warm_start.path: run lies in the run's own directory run"),
     ):
         words = [x for o in ("warm_start.path=other", *overrides) for x in ("--set", o)]
-        code, output = imaml("train", str(config), *words, "--run-dir", "run", "--fresh", cwd=tmp_path)
+        code, output = imaml_here("train", str(config), *words, "--run-dir", "run", "--fresh", cwd=tmp_path)
         assert code == 2, output
         assert says in output
         assert len(output.strip().splitlines()) == 1, output
@@ -298,7 +298,7 @@ def test_a_second_signal_is_obeyed_at_once_even_if_the_run_directory_is_gone(dat
 def test_a_mistake_is_one_sentence_and_exit_code_2_before_anything_starts(data, tmp_path, overrides, says):
     config = write_config(tmp_path / "tiny.yaml", data, backend="ray")
     began = time.monotonic()
-    code, output = imaml("train", str(config), *(x for o in overrides for x in ("--set", o)), cwd=tmp_path)
+    code, output = imaml_here("train", str(config), *(x for o in overrides for x in ("--set", o)), cwd=tmp_path)
     assert code == 2, output
     assert says in output
     assert len(output.strip().splitlines()) == 1, output
@@ -313,14 +313,14 @@ def test_a_truncated_shard_is_one_sentence_and_exit_code_2(tmp_path):
     config = write_config(tmp_path / "tiny.yaml", tmp_path / "blobs")
     damage = {"train": f"{shard.name} is", "verify": f"shard {shard.name}, bytes"}
     for args in (("train", str(config)), ("verify", str(tmp_path / "blobs"))):
-        code, output = imaml(*args, cwd=tmp_path)
+        code, output = imaml_here(*args, cwd=tmp_path)
         assert code == 2
         assert damage[args[0]] in output
         assert "Traceback" not in output
 
 
 def test_verify_accepts_what_is_whole(data, tmp_path):
-    code, output = imaml("verify", str(data), cwd=tmp_path)
+    code, output = imaml_here("verify", str(data), cwd=tmp_path)
     assert code == 0
     assert "3 shards with 28 classes verify" in output
 
@@ -329,7 +329,7 @@ def test_two_commands_do_not_train_in_one_directory(data, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data, steps=10_000)
     with Command("train", str(config), "--run-dir", "run", cwd=tmp_path) as command:
         wait_for_step(tmp_path / "run" / "metrics.jsonl", 1, command)
-        code, output = imaml("train", str(config), "--run-dir", "run", "--fresh", cwd=tmp_path)
+        code, output = imaml_here("train", str(config), "--run-dir", "run", "--fresh", cwd=tmp_path)
         assert code == 2
         assert "is being trained by another imaml train" in output
         assert command.process.poll() is None
@@ -341,7 +341,7 @@ def test_fresh_deletes_what_a_run_wrote_and_nothing_else(data, tmp_path):
     config = write_config(tmp_path / "config.yaml", data, steps=1)
     (tmp_path / "thesis").mkdir()
     (tmp_path / "thesis" / "chapter.tex").write_text("years of work")
-    code, output = imaml("train", str(config), "--run-dir", ".", "--fresh", cwd=tmp_path)
+    code, output = imaml_here("train", str(config), "--run-dir", ".", "--fresh", cwd=tmp_path)
     assert code == 2
     assert "holds no run (it holds 'thesis')" in output
     assert (tmp_path / "thesis" / "chapter.tex").read_text() == "years of work"
@@ -354,7 +354,7 @@ def test_paths_that_are_not_what_they_should_be(data, tmp_path):
         ("train", str(config), "--run-dir", "file/x"),
         ("prepare", "omniglot", "--out", "file", "--source", "file"),
     ):
-        code, output = imaml(*args, cwd=tmp_path)
+        code, output = imaml_here(*args, cwd=tmp_path)
         assert code == 2, output
         assert len(output.strip().splitlines()) == 1, output
 
@@ -378,18 +378,18 @@ def test_a_network_or_loss_that_does_not_fit_is_refused_before_anything_starts(d
         "loss=mine:raising": "cannot be computed (ValueError: two lines)",
         "loss=mine:over_tasks": "should be a tensor of shape (2,): the mean over the samples of each task",
     }.items():
-        code, output = imaml("train", str(config), "--set", override, cwd=tmp_path)
+        code, output = imaml_here("train", str(config), "--set", override, cwd=tmp_path)
         assert (code, says in " ".join(output.split())) == (2, True), output
         assert len(output.strip().splitlines()) == 1, output
 
 
 def test_other_mistakes_with_run_directories(data, tmp_path, finished):
     folder, _ = finished
-    code, output = imaml("train", "tiny.yaml", "--set", "run.seed=3", "--run-dir", "run", cwd=folder)
+    code, output = imaml_here("train", "tiny.yaml", "--set", "run.seed=3", "--run-dir", "run", cwd=folder)
     assert (code, "run.seed: 3 given" in output) == (2, True)
     for args in (("report", "nowhere"), ("evaluate", "nowhere"), ("mlflow-sync", "nowhere"), ("train", "none.yaml")):
-        code, output = imaml(*args, cwd=tmp_path)
+        code, output = imaml_here(*args, cwd=tmp_path)
         assert code == 2, args
         assert len(output.strip().splitlines()) == 1, output
-    code, output = imaml("evaluate", "run", "--split", "dev", cwd=folder)
+    code, output = imaml_here("evaluate", "run", "--split", "dev", cwd=folder)
     assert (code, "train, val, test" in output) == (2, True)

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from helpers.command import ROOT, imaml
+from helpers.command import ROOT, imaml, imaml_here
 from PIL import Image
 
 from imaml_dist.data.prepare import omniglot
@@ -86,7 +86,8 @@ def test_every_imaml_command_works(page, workspace):
         if words[0] == "imaml":
             if words[1] == "submit":  # the workspace's configurations train in one process
                 words += ["--set", "run.backend=ray"]
-            code, output = imaml(*words[1:], cwd=workspace)
+            run = imaml if words[1] in ("sweep", "submit") else imaml_here  # the first two have processes of their own
+            code, output = run(*words[1:], cwd=workspace)
             assert code == 0, f"{' '.join(words)}\n{output}"
         else:
             assert words[0] == "make", f"{page.name}: nothing runs {words}"

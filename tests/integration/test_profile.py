@@ -3,7 +3,7 @@
 import gzip
 import json
 
-from helpers.command import imaml
+from helpers.command import imaml_here
 from helpers.runs import fingerprint, tiny, write_config
 
 from imaml_dist.distributed.group import Alone
@@ -17,8 +17,8 @@ from imaml_dist.training.run_directory import RunDirectory
 def test_a_profiled_run_tells_where_its_time_went_and_computes_the_same(data, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data)
     long = ("--set", "run.steps=13")
-    assert imaml("train", str(config), *long, "--run-dir", "plain", cwd=tmp_path)[0] == 0
-    code, output = imaml("train", str(config), *long, "--run-dir", "run", "--profile", cwd=tmp_path)
+    assert imaml_here("train", str(config), *long, "--run-dir", "plain", cwd=tmp_path)[0] == 0
+    code, output = imaml_here("train", str(config), *long, "--run-dir", "run", "--profile", cwd=tmp_path)
     assert code == 0, output
     run = RunDirectory(tmp_path / "run")
     found = json.loads(run.profile_file.read_text())
@@ -38,10 +38,10 @@ def test_a_profile_that_cannot_be_written_costs_no_record_checkpoint_or_evaluati
     config = write_config(tmp_path / "tiny.yaml", data)
     run = RunDirectory(tmp_path / "run")
     long = ("--set", "run.steps=14")
-    assert imaml("train", str(config), "--set", "run.steps=2", "--run-dir", "run", cwd=tmp_path)[0] == 0
+    assert imaml_here("train", str(config), "--set", "run.steps=2", "--run-dir", "run", cwd=tmp_path)[0] == 0
     run.evaluation_file.unlink()
     run.profile.write_text("a file where the folder should be")
-    code, output = imaml("train", str(config), *long, "--run-dir", "run", "--profile", cwd=tmp_path)
+    code, output = imaml_here("train", str(config), *long, "--run-dir", "run", "--profile", cwd=tmp_path)
     assert code == StorageError.exit_code
     said = " ".join(output.split())
     assert "run/profile cannot be written" in said and "run the same command again to resume" in said
@@ -50,7 +50,7 @@ def test_a_profile_that_cannot_be_written_costs_no_record_checkpoint_or_evaluati
     assert max(checkpoints.steps(run.checkpoints)) == 14
     assert run.evaluation_file.exists()
     run.profile.unlink()
-    code, output = imaml("train", str(config), *long, "--run-dir", "run", "--profile", cwd=tmp_path)
+    code, output = imaml_here("train", str(config), *long, "--run-dir", "run", "--profile", cwd=tmp_path)
     assert code == 0, output
 
 
@@ -71,9 +71,9 @@ def test_a_profile_is_written_after_all_that_other_ranks_wait_for(data, tmp_path
 def test_a_run_too_short_to_be_profiled_says_so_and_fresh_ones_delete_a_profile(data, tmp_path):
     config = write_config(tmp_path / "tiny.yaml", data)
     profiled = RunDirectory(tmp_path / "run").profile
-    code, output = imaml("train", str(config), "--run-dir", "run", "--profile", cwd=tmp_path)
+    code, output = imaml_here("train", str(config), "--run-dir", "run", "--profile", cwd=tmp_path)
     assert code == 0 and "give it more run.steps" in output
     profiled.mkdir()
     (profiled / "profile.json").write_text("{}")
-    assert imaml("train", str(config), "--run-dir", "run", "--fresh", cwd=tmp_path)[0] == 0
+    assert imaml_here("train", str(config), "--run-dir", "run", "--fresh", cwd=tmp_path)[0] == 0
     assert not profiled.exists()
