@@ -36,9 +36,15 @@ from imaml_dist.training.evaluation import evaluate
 from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.run_directory import RunDirectory
 
+ANIL = trials("anil")["anil, 16 of 0.1, rate 0.003"]
+
 METHODS = {
     "imaml": [],
-    "anil": trials("anil")["anil, 16 of 0.1, rate 0.003"],
+    "anil": ANIL,
+    "anil-clip": [
+        *ANIL,
+        "outer.clip=1",
+    ],  # longer runs without it may end in gradients of a thousand times the usual norm
     "fomaml": trials("fomaml")["fomaml, 16 of 0.1, rate 0.003"],
     "maml": trials("maml")["maml, 16 of 0.1, rate 0.003"],
 }
