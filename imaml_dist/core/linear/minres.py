@@ -95,10 +95,8 @@ def minres(
     w, w_previous = zero, zero
     cosine, sine = -torch.ones_like(beta), torch.zeros_like(beta)
     dbar, epsilon, phibar = torch.zeros_like(beta), torch.zeros_like(beta), beta
-    largest, stretch = (
-        torch.zeros_like(beta),
-        torch.zeros_like(beta),
-    )  # ||A|| as the preconditioner has it, and as it is
+    # ||A|| as the preconditioner has it, and as it is.
+    largest, stretch = torch.zeros_like(beta), torch.zeros_like(beta)
     doubted, kept, kept_size, kept_iterations = torch.zeros_like(done), x, beta, iterations
     for _ in range(max_iterations):
         if on_host and not bool(active.any()):
