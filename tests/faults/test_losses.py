@@ -85,10 +85,12 @@ def test_ranks_killed_in_every_phase_change_nothing_and_no_step_is_done_twice(da
 
 
 def killed_at_random(keepers, kills, seed):
-    """Processes of the newest group, each some time after the group began."""
+    """Processes of the newest group, each some time after the group began; four in a row without a step would end the run."""
     choose = random.Random(seed)
     for n in range(kills):
         keepers.wait(lambda n=n: len(keepers.run.starts()) > n)
+        if n % 3 == 2:
+            keepers.wait_for_step(keepers.run.starts()[n]["step"])
         time.sleep(choose.uniform(0.0, 1.0))
         os.kill(choose.choice(keepers.pids()), signal.SIGKILL)
 

@@ -24,9 +24,11 @@ class Machines:
     """Made by `machines`; they are numbered from 0."""
 
     def __init__(self, count: int, folder: Path) -> None:
-        mark = f"im{os.getpid()}{'abcdefghijklmnopqrstuvwxyz'[next(_serial) % 26]}"  # Linux allows links 15 characters
+        serial = next(_serial)
+        mark = f"im{os.getpid()}{'abcdefghijklmnopqrstuvwxyz'[serial % 26]}"  # Linux allows links 15 characters
         self.names = [f"{mark}-{i}" for i in range(count)]
-        self.addresses = [f"10.77.0.{10 + i}" for i in range(count)]
+        # A network for each: Ray takes any process on this computer that serves an address for the one it would start there.
+        self.addresses = [f"10.{64 + os.getpid() % 128}.{serial % 256}.{10 + i}" for i in range(count)]
         self._bridge = f"{mark}br"
         self._folders = [folder / f"machine-{i}" for i in range(count)]
 
