@@ -145,7 +145,7 @@ def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, 
     assert any("rank 1" in s["after"] and "did not leave its group" in s["after"] for s in keepers.run.starts()[1:])
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_ranks_that_all_hang_at_once_are_replaced(data, gold, tmp_path, sabotage, world):
     """Nobody waits for them but their keepers."""
     sabotage(*((rank, 3, "inner", HANG) for rank in range(world)))

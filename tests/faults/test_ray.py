@@ -130,6 +130,7 @@ def test_training_that_cannot_go_on_says_why_and_exits_with_4(config, tmp_path):
     assert "Traceback" not in output
 
 
+@pytest.mark.slow  # the test above hears of an error through Ray, too
 def test_what_rank_0_found_out_reaches_the_user_whichever_rank_reports_last(config, data, tmp_path):
     """Every checkpoint damaged: rank 0 says so, the others only know that it gave up."""
     train_alone(tiny(data, steps=4, checkpoint_every=2), tmp_path / "run")
