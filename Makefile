@@ -8,8 +8,6 @@ STAMP  := $(VENV)/.installed
 .DEFAULT_GOAL := setup
 BENCH  ?= runs/benchmarks
 JOBS   ?= 2
-# Whole runs wait for each other a third of their time.
-RUNS   ?= 3
 .PHONY: setup train test test-full check bench clean
 
 setup: $(STAMP)
@@ -37,7 +35,7 @@ check: $(STAMP)
 define run_tests
 @OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(1) tests/unit tests/architecture; parts=$$?; \
 $(BIN)/python -m pytest $(1) tests/faults/test_storage*.py; parts=$$((parts | $$?)); \
-$(BIN)/python -m pytest -n $(RUNS) --dist loadfile --durations=15 $(1) tests/integration tests/faults \
+$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=15 $(1) tests/integration tests/faults \
 	--ignore-glob='*/faults/test_storage*'; exit $$((parts | $$?))
 endef
 

@@ -241,9 +241,9 @@ def verify(
 def mlflow_sync(run: Run) -> None:
     """Send to MLflow what a run could not send while the server was away."""
     with exit_codes():
-        from pipelines.mlflow_sync import sync
+        from pipelines.mlflow_sync import sync_patiently
 
-        sync(run)
+        sync_patiently(run)
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from imaml_dist.distributed.build import open_dataset
@@ -11,6 +12,15 @@ from imaml_dist.training.run_directory import RunDirectory
 from pipelines import console
 from pipelines.summary import is_finished
 from pipelines.tracking import finish_tracking, mlflow_run
+
+ANSWER_S = 60
+"""For a server to answer a request where nothing else waits; a training run's own is given five."""
+
+
+def sync_patiently(path: str | Path) -> None:
+    """`sync` for a user who waits: a server that is busy may take its time, unless MLFLOW_HTTP_REQUEST_TIMEOUT says otherwise."""
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(ANSWER_S))
+    sync(path)
 
 
 def sync(path: str | Path, say: bool = True, seen: str | None = None) -> None:

@@ -142,7 +142,11 @@ def test_a_rank_that_hangs_while_it_gives_signs_of_life_is_replaced(data, gold, 
     with Keepers(config, begun(config, tmp_path / "run"), 2, collective=3.0) as keepers:
         pass
     check(tmp_path / "run", gold)
-    assert any("rank 1" in s["after"] and "did not leave its group" in s["after"] for s in keepers.run.starts()[1:])
+    told = [start["after"] for start in keepers.run.starts()[1:]]
+    # On a busy machine its keeper may be tired of it before the other rank is.
+    assert any("rank 1" in after and ("did not leave" in after or "computed one chunk" in after) for after in told), (
+        told
+    )
 
 
 @pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
@@ -153,10 +157,8 @@ def test_ranks_that_all_hang_at_once_are_replaced(data, gold, tmp_path, sabotage
     with Keepers(config, begun(config, tmp_path / "run"), world, collective=3.0) as keepers:
         pass
     check(tmp_path / "run", gold)
-    assert any(
-        "computed one chunk of tasks for 8 s, run.collective_timeout is 3" in s["after"]
-        for s in keepers.run.starts()[1:]
-    )
+    told = [start["after"] for start in keepers.run.starts()[1:]]
+    assert any("computed one chunk of tasks for" in after and "timeout is 3" in after for after in told), told
 
 
 @pytest.mark.parametrize("world", [2, 3])

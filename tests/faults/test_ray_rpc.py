@@ -7,7 +7,7 @@ from helpers.command import imaml
 from helpers.ray_cluster import ray_cluster
 from helpers.runs import fingerprint, tiny, train_alone, write_config
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(1000)]
 
 STEPS = 30
 TO_ACTORS, FOR_ROOM = "CoreWorkerService.grpc_client.PushTask", "NodeManagerService.grpc_client.RequestWorkerLease"
@@ -29,7 +29,9 @@ def gold(data, tmp_path_factory):
 def train(data, tmp_path):
     """Runs `imaml train` on a cluster to its end."""
     config = write_config(tmp_path / "tiny.yaml", data, steps=STEPS, backend="ray", workers=2)
-    return lambda **env: imaml("train", str(config), "--run-dir", str(tmp_path / "run"), cwd=tmp_path, **env)
+    return lambda **env: imaml(
+        "train", str(config), "--run-dir", str(tmp_path / "run"), cwd=tmp_path, timeout=480, **env
+    )
 
 
 def check(run, gold):

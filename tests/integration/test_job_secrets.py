@@ -98,6 +98,7 @@ def test_a_job_uses_secrets_and_writes_none_down(data, moto_bucket, mlflow_serve
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
         "IMAML_CACHE": str(tmp_path / "cache"),
         "IMAML_KERNELS": os.environ["IMAML_KERNELS"],
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "60",  # its server shares two cores with other tests
     }
     with ray_cluster(2, dashboard=port, **nodes) as cluster:
         token, dashboard = cluster.env["RAY_AUTH_TOKEN"], f"http://127.0.0.1:{port}"

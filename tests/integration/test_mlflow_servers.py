@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 from conftest import new_bucket
 from helpers import s3_server
 from helpers.command import imaml, imaml_here
+from helpers.fault_proxy import Fault, FaultProxy
 from helpers.mlflow_server import MlflowServer, points, postgres
 from helpers.runs import write_config
 
@@ -99,3 +101,25 @@ def test_users_with_passwords_that_come_from_the_environment_alone(data, tmp_pat
         for path in (tmp_path / "run").rglob("*"):
             assert not path.is_file() or b"canary" not in path.read_bytes(), path
         assert "canary" not in output
+
+
+@pytest.mark.slow
+def test_a_server_that_takes_seven_seconds_to_answer_is_waited_for_when_nothing_else_waits(data, tmp_path):
+    slow = float("inf")
+
+    def slowly():
+        nonlocal slow
+        if slow > 0:
+            slow -= 1
+            time.sleep(7.0)
+
+    write_config(tmp_path / "tiny.yaml", data)
+    words = ("train", "tiny.yaml", "--run-dir", "run", "--set", "tracking.mlflow=true")
+    with MlflowServer(tmp_path) as server, FaultProxy(server.uri, Fault("call", action=slowly)) as proxy:
+        code, output = imaml(*words, cwd=tmp_path, MLFLOW_TRACKING_URI=proxy.url)
+        assert code == 0 and "did not take everything" in output, output
+        slow = 4  # more tries of five seconds than anyone makes
+        code, output = imaml("mlflow-sync", "run", cwd=tmp_path, MLFLOW_TRACKING_URI=proxy.url)
+        assert code == 0 and slow < 4, output
+        run_id = json.loads((tmp_path / "run" / "summary.json").read_text())["mlflow"]["run_id"]
+        assert [step for step, _ in points(server.uri, run_id, "meta/loss")] == list(range(6))
