@@ -176,7 +176,7 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
         stack.enter_context(run.following())
         stack.enter_context(_stop_on_signals(run))
         show = stack.enter_context(console.progress(f"meta-training {config.name}"))
-        follower, last, starts, began = Follower(run.metrics_file), 0, len(run.starts()), time.time()
+        follower, starts, began = Follower(run.metrics_file), len(run.starts()), time.time()
         training.start()
         while training.is_alive():
             training.join(POLL_S)
@@ -187,11 +187,12 @@ def _train_and_follow(config: ExperimentConfig, run: RunDirectory) -> Stop:
                     exported.restarted(starts - 1)
                 if start.get("after"):
                     console.err.print(f"{start['after']}; going on from {_origin(start)}", soft_wrap=True)
-            for record in follower.poll():
-                last = record["step"] + 1
+            records = follower.poll()
+            for record in records:
                 if exported is not None and record["time"] >= began:  # an earlier command has told of the others
                     exported.observe(record)
-                show(last, config.run.steps, console.step_remark(record))
+            if records:  # the newest alone: a run that goes on is not shown at its first step
+                show(records[-1]["step"] + 1, config.run.steps, console.step_remark(records[-1]))
         return training.outcome()
 
 

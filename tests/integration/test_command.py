@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 import signal
 import sqlite3
 import time
@@ -256,7 +257,9 @@ def test_ctrl_c_ends_with_130_and_a_checkpoint_and_the_same_command_resumes_to_t
         command.kill(signal.SIGINT)
         assert command.wait() == 130, command.output
     assert "the same command goes on from the last checkpoint" in command.output
-    assert imaml("train", str(config), "--run-dir", "run", cwd=tmp_path)[0] == 0
+    code, output = imaml("train", str(config), "--run-dir", "run", cwd=tmp_path)
+    assert code == 0, output
+    assert int(re.findall(r"meta-training tiny: (\d+)/25", output)[0]) > 2, "it is shown where it goes on"
     assert fingerprint(tmp_path / "run") == train_alone(tiny(data, **run), tmp_path / "gold")
 
 

@@ -256,6 +256,7 @@ def test_nothing_listens_beyond_the_loopback(cluster):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)  # three starts of Ray, whose processes give way to all others of the machine
 def test_a_cancelled_run_saves_its_state_and_the_same_command_goes_on(address, data, tmp_path, folder):
     config = write_config(tmp_path / "tiny.yaml", data, workers=2, steps=20000, checkpoint_every=10000)
     words = ("submit", str(config), "--run-dir", str(tmp_path / "run"), "--address", address, *RUNS)
