@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from dataclasses import dataclass
 
@@ -32,13 +33,8 @@ class Sinusoids:
 
     def episodes(self, step: int, tasks: range) -> EpisodeBatch:
         """See `TaskSource.episodes`."""
-        drawn, keys = [], []
-        for task in tasks:
-            # One generator per task, seeded by an injective number of (seed, step, task) for up to 2^20 tasks and steps.
-            keys.append(((self.seed << 40) + (step << 20) + task) & ((1 << 63) - 1))
-            generator = torch.Generator().manual_seed(keys[-1])
-            drawn.append(torch.rand(2 + self.shots + self.queries, generator=generator, dtype=torch.float64))
-        uniform = torch.stack(drawn)
+        words = torch.stack([_words(self.seed, step, task, 3 + self.shots + self.queries) for task in tasks])
+        uniform = (words[:, 1:] >> 11 & (1 << 53) - 1).double() * 2.0**-53
         amplitude, phase = 0.1 + 4.9 * uniform[:, :1], math.pi * uniform[:, 1:2]
         inputs = 10.0 * uniform[:, 2:] - 5.0
         x, y = (v.to(self.dtype).unsqueeze(-1) for v in (inputs, amplitude * torch.sin(inputs - phase)))
@@ -48,5 +44,11 @@ class Sinusoids:
             query_x=x[:, self.shots :],
             query_y=y[:, self.shots :],
             index=torch.tensor(list(tasks), dtype=torch.int64),
-            key=torch.tensor(keys, dtype=torch.int64),
+            key=words[:, 0] & (1 << 63) - 1,
         )
+
+
+def _words(seed: int, step: int, task: int, count: int) -> torch.Tensor:
+    """So many random int64 of a task. Torch's own generator on a CPU would use no more than the last 32 bits of a seed."""
+    digest = hashlib.shake_256(f"{seed}/{step}/{task}".encode()).digest(8 * count)
+    return torch.frombuffer(bytearray(digest), dtype=torch.int64)

@@ -24,6 +24,30 @@ def test_targets_are_one_sine_wave_per_task_within_the_ranges():
     assert 0 <= float(phase.min()) < 0.1 and 3.0 < float(phase.max()) <= math.pi
 
 
+def test_every_bit_of_seed_step_and_task_makes_another_task():
+    """Also the upper ones, which a generator's seed of 32 bits would lose."""
+    base = Sinusoids(shots=2, queries=2).episodes(0, range(1))
+    others = [Sinusoids(2, 2, seed=1 << bit).episodes(0, range(1)) for bit in range(63)]
+    others += [Sinusoids(2, 2).episodes(1 << bit, range(1)) for bit in range(40)]
+    others += [Sinusoids(2, 2).episodes(0, range(1 << bit, (1 << bit) + 1)) for bit in range(40)]
+    found = [base, *others]
+    assert (
+        len({float(batch.support_x[0, 0]) for batch in found}) == len({int(batch.key) for batch in found}) == len(found)
+    )
+
+
+def test_amplitudes_phases_and_inputs_are_uniform():
+    batch = Sinusoids(shots=5, queries=5, dtype=torch.float64).episodes(0, range(4000))
+    fit = torch.linalg.lstsq(
+        torch.cat([batch.support_x.sin(), batch.support_x.cos()], -1), batch.support_y
+    ).solution.squeeze(-1)
+    amplitude, phase = (fit.norm(dim=1) - 0.1) / 4.9, torch.atan2(-fit[:, 1], fit[:, 0]) / math.pi
+    for drawn in (amplitude, phase, (batch.support_x.flatten() + 5) / 10, (batch.query_x.flatten() + 5) / 10):
+        ordered = drawn.sort().values
+        ideal = (torch.arange(len(ordered), dtype=torch.float64) + 0.5) / len(ordered)
+        assert float((ordered - ideal).abs().max()) < 1.95 / len(ordered) ** 0.5  # Kolmogorov-Smirnov, a level of 0.001
+
+
 def test_a_task_is_the_same_in_every_batch_and_differs_from_all_others():
     source = Sinusoids(shots=2, queries=2)
     together, alone = source.episodes(4, range(3)), source.episodes(4, range(1, 2))
