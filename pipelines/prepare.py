@@ -10,6 +10,7 @@ from imaml_dist.data.cache import default_folder
 from imaml_dist.data.index import SPLITS, Index, read_index
 from imaml_dist.data.prepare import folder, glyphs, mini_imagenet, omniglot, own_shards
 from imaml_dist.data.prepare.decode import Form
+from imaml_dist.data.publishing import check_replaceable
 from imaml_dist.data.records import AnyRecord
 from imaml_dist.data.shards import SKIPPED_NAME, write_dataset
 from imaml_dist.errors import ConfigError, DataError, MissingError
@@ -113,6 +114,7 @@ def _is_done(storage: Storage, wanted: Mapping[str, Any], fresh: bool, ignore: S
         index = read_index(storage)
     except DataError as error:
         if not isinstance(error.__cause__, MissingError):
+            check_replaceable(storage, wanted["kind"], error)
             console.err.print(f"preparing again: {error}", soft_wrap=True)
         return False
     found = {key: value for key, value in index.provenance.items() if key not in ignore}

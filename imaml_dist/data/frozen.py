@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +25,9 @@ import torch
 from imaml_dist.data.dataset import Dataset
 from imaml_dist.data.episodes import DOMAINS, EpisodeSource
 from imaml_dist.data.philox import SPEC_VERSION
+from imaml_dist.data.publishing import version_of
 from imaml_dist.errors import ChangedError, ConfigError, DataError, InputError, MissingError, brief
+from imaml_dist.storage.folder import Folder
 from imaml_dist.storage.local import without_secrets
 from imaml_dist.storage.opening import S3, open_storage
 from imaml_dist.storage.options import StorageOptions
@@ -167,15 +170,15 @@ def publish(url: str, content: bytes, options: StorageOptions | None = None) -> 
         StorageError: storage fails.
     """
     place, name = _place(url, options)
-    try:
-        place.write(name, content, only_if=ABSENT)
-    except ChangedError:
-        if place.stat(name).size == len(content) and place.read(name) == content:
-            return False
-        raise DataError(
-            f"{place.url}/{name} is there already and holds something else; choose another name, or remove it first"
-        ) from None
-    return True
+    if version_of(place, name) == ABSENT:  # there are servers that do not heed the condition of a write
+        with suppress(ChangedError):
+            place.write(name, content, only_if=ABSENT)
+            return True
+    if place.stat(name).size == len(content) and place.read(name) == content:
+        return False
+    raise DataError(
+        f"{place.url}/{name} is there already and holds something else; choose another name, or remove it first"
+    )
 
 
 def read_manifest(url: str, options: StorageOptions | None = None) -> Manifest:
@@ -254,11 +257,13 @@ def _line(value: dict[str, Any]) -> bytes:
 
 def _place(url: str, options: StorageOptions | None) -> tuple[Storage, str]:
     """The storage that a file lies in, and its name there."""
-    folder, slash, name = url.rpartition("/")
-    signed = url.startswith(S3) and set("?#") & set(url)  # behind which there may be a signature
-    if not name or folder.endswith(":/") or signed:
+    folder, _, name = url.rpartition("/")
+    in_bucket = url.startswith(S3)
+    signed = in_bucket and set("?#") & set(url)  # behind which there may be a signature
+    if not name or url == S3 + name or signed:
         raise InputError(
             f"{re.split('[?#]', without_secrets(url))[0]!r} names no file; give a path, a file:// URL or s3://bucket/name, such as "
             "tasks.jsonl"
         )
-    return open_storage(folder or slash or ".", options), name
+    place = open_storage(folder if in_bucket else url, options)
+    return (Folder(place.path.parent), place.path.name) if isinstance(place, Folder) else (place, name)

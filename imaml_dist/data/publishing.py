@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from typing import Any
 
-from imaml_dist.data.index import FILE_NAME, MAX_BYTES, Index
+from imaml_dist.data.index import FILE_NAME, FORMAT, MAX_BYTES, Index
 from imaml_dist.errors import ChangedError, DataError, MissingBucketError, MissingError
 from imaml_dist.storage.protocol import ABSENT, Storage
 
@@ -17,6 +19,31 @@ def version_of(storage: Storage, name: str) -> str:
         raise
     except MissingError:
         return ABSENT
+
+
+def check_replaceable(storage: Storage, kind: str, unusable: DataError) -> None:
+    """An index that cannot be used, being damaged or of another version, is replaced only if it says that it is of this kind.
+
+    Args:
+        storage: of the index.
+        kind: of the data set that would be written.
+        unusable: what is wrong with the index.
+
+    Raises:
+        DataError: it may be another data set's, or another program's, whose shards must stay.
+        StorageError: storage fails.
+    """
+    try:
+        size = storage.stat(FILE_NAME).size
+        raw: Any = json.loads(storage.read(FILE_NAME)) if size <= MAX_BYTES else {}
+        mine = raw["format"] == FORMAT and raw["provenance"]["kind"] == kind
+    except (ValueError, KeyError, TypeError, RecursionError):
+        mine = False
+    if not mine:
+        raise DataError(
+            f"{storage.url} already holds an {FILE_NAME} which cannot be read and does not say that it is of this kind; choose another "
+            f"--out, or remove it first ({unusable})"
+        ) from unusable
 
 
 def publish(storage: Storage, index: Index, versions: Mapping[str, str], *, only_if: str) -> None:
@@ -41,6 +68,8 @@ def publish(storage: Storage, index: Index, versions: Mapping[str, str], *, only
     for name, version in versions.items():
         if version_of(storage, name) != version:
             raise _another(storage, name)
+    if version_of(storage, FILE_NAME) != only_if:  # there are servers that do not heed the condition of a write
+        raise _another(storage, FILE_NAME)
     try:
         storage.write(FILE_NAME, text, only_if=only_if)
     except ChangedError as error:

@@ -22,6 +22,9 @@ from imaml_dist.storage.protocol import ABSENT, Storage
 
 SECONDS = 30.0
 
+_NEVER = "0" * 32
+"""The version of nothing."""
+
 _LONGEST = 4096
 """Bytes of a lease that are read."""
 
@@ -116,12 +119,13 @@ class Lease:
         asked = time.monotonic()
         self._version = self._storage.write(self._name, self._content(), only_if=only_if)
         self._renewed = asked
-        with suppress(ChangedError):
-            self._storage.write(self._name, b"{}", only_if=ABSENT)
-            raise StorageError(
-                f"{self._storage.url}: this server replaces an object that it was told to leave (If-None-Match), so it cannot keep two "
-                "writers apart; keep the run in a folder, or on a server that knows conditional writes"
-            )
+        for condition, header in ((ABSENT, "If-None-Match"), (_NEVER, "If-Match")):
+            with suppress(ChangedError):
+                self._storage.write(self._name, b"{}", only_if=condition)
+                raise StorageError(
+                    f"{self._storage.url}: this server replaces an object that it was told to leave ({header}), so it cannot keep two "
+                    "writers apart; keep the run in a folder, or on a server that knows conditional writes"
+                )
         self._thread.start()
         return before
 

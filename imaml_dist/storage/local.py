@@ -58,14 +58,17 @@ def checked_text(url: str | os.PathLike[str]) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """The URL without user name and password, also those that a database's address has in its query, for messages and records."""
+    """The URL without user name and password, and without secrets and signatures in its query, for messages and records."""
     scheme, mark, rest = url.partition("//")
     rest = re.sub(r"[^/?#]*@", "", rest, count=1) if mark and re.match(r"[^/?#]*@", rest) else rest
     # A password may hold a slash; but behind a host, perhaps with a port, an @ is a part of the path.
     if mark and "@" in rest and (_is_database(scheme) or not re.match(r"[^/?#@:]*(:[0-9]+)?[/?#]", rest)):
         rest = rest.rpartition("@")[2]
     return re.sub(
-        r"([?&;][^=&;]*(?:pass|pwd|secret|token)[^=&;]*=)[^&;#]*", r"\1***", scheme + mark + rest, flags=re.IGNORECASE
+        r"([?&;][^=&;]*(?:pass|pwd|secret|token|sig)[^=&;]*=)[^&;#]*",
+        r"\1***",
+        scheme + mark + rest,
+        flags=re.IGNORECASE,
     )
 
 

@@ -184,6 +184,22 @@ def test_another_data_set_is_never_overwritten(data, photos, tmp_path):
     assert Dataset(str(data)).index == before
 
 
+def test_an_index_that_cannot_be_read_is_replaced_by_its_own_kind_only(photos, tmp_path):
+    command = ["prepare", "folder", "--source", photos, "--size", 4, "--out", "here"]
+    assert imaml(*command, cwd=tmp_path)[0] == 0
+    index = tmp_path / "here" / "index.json"
+    whole = index.read_text()
+    index.write_text(whole.replace('"version": 2', '"version": 1'))
+    before = {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()}
+    for other in (["glyphs"], ["shards"]):
+        code, lines = imaml("prepare", *other, "--out", "here", cwd=tmp_path)
+        assert (code, len(lines)) == (2, 1)
+        assert lines[0].startswith("imaml: here already holds an index.json which cannot be read and does not say")
+    assert {path.name: path.read_bytes() for path in (tmp_path / "here").iterdir()} == before
+    code, lines = imaml(*command, cwd=tmp_path)
+    assert code == 0 and lines[0].startswith("preparing again: here/index.json: format") and index.read_text() == whole
+
+
 @pytest.mark.parametrize("kind", ["omniglot", "glyphs"])
 @pytest.mark.parametrize("seed", [-1, 1 << 64])
 def test_a_seed_out_of_its_range_is_told_before_anything_is_done(tmp_path, kind, seed):

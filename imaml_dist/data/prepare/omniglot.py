@@ -60,6 +60,10 @@ def fetch(url: str, folder: Path, progress: Progress | None = None) -> Path:
             continue
         if not url.startswith(("http://", "https://")):
             raise DataError(f"--source: {without_secrets(url)} is neither a path nor an http(s) URL")
+        if "@" in re.split("[/?#]", url.partition("//")[2])[0]:  # errors of the library would quote them
+            raise DataError(
+                "--source: credentials do not belong in a URL; take them out, or pass a folder with the two official archives"
+            )
         address = url if url.endswith(f"{name}.zip") else f"{url.rstrip('/')}/{name}.zip"
         part = target.with_suffix(".part")
         try:

@@ -12,12 +12,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from imaml_dist.data.index import FILE_NAME, MAX_HEADER, SPLITS, ClassEntry, Index, ShardEntry, read_index
-from imaml_dist.data.publishing import publish, version_of
+from imaml_dist.data.publishing import check_replaceable, publish, version_of
 from imaml_dist.data.shards import crc32_of, shard_entry
 from imaml_dist.data.tar import Member, members
 from imaml_dist.errors import DataError
 from imaml_dist.storage.folder import Folder
-from imaml_dist.storage.protocol import Storage
+from imaml_dist.storage.protocol import ABSENT, Storage
 
 MAX_DESCRIPTION, MAX_CLASSES = 16 << 20, 1 << 15
 """Bytes of a class's `json`, and classes of one shard."""
@@ -45,8 +45,10 @@ def index_shards(storage: Storage, name: str, progress: Callable[[int, int], Non
     before = version_of(storage, FILE_NAME)
     try:
         there = read_index(storage)
-    except DataError:  # none that could be used
+    except DataError as error:  # none that could be used
         there = None
+        if before != ABSENT:
+            check_replaceable(storage, "shards", error)
     if there is not None and there.provenance.get("kind") != "shards":
         raise DataError(f"{storage.url} already holds the data set {there.name!r}; choose another --out")
     names = [found for found, _ in storage.names() if _SHARD.match(found)]

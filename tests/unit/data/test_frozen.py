@@ -13,6 +13,7 @@ from imaml_dist.data.episodes import EpisodeSource
 from imaml_dist.data.frozen import MAX_BYTES, FrozenTasks, freeze, publish, read_manifest
 from imaml_dist.data.shards import write_dataset
 from imaml_dist.errors import ConfigError, DataError, InputError
+from imaml_dist.storage.folder import Folder
 
 
 @pytest.fixture(scope="module")
@@ -75,6 +76,32 @@ def test_it_is_published_once(content, source, tmp_path, monkeypatch):
         with pytest.raises(InputError, match="names no file") as caught:
             publish(url, content)
         assert "secret" not in str(caught.value)
+
+
+def test_a_server_that_heeds_no_conditions_does_not_lose_them(content, source, tmp_path, monkeypatch):
+    class Heedless(Folder):
+        def write(self, name, content, *, only_if=None):
+            return super().write(name, content)
+
+    for module in ("data.frozen", "storage.opening"):
+        monkeypatch.setattr(f"imaml_dist.{module}.Folder", Heedless)
+    url = str(tmp_path / "tasks.jsonl")
+    assert publish(url, content) and not publish(url, content)
+    with pytest.raises(DataError, match="is there already and holds something else"):
+        publish(url, freeze(source, 6))
+    assert (tmp_path / "tasks.jsonl").read_bytes() == content
+
+
+def test_file_urls_are_read_as_they_are_everywhere(content, tmp_path):
+    assert publish(f"file://{tmp_path}/my%20tasks%23.jsonl", content)
+    assert (tmp_path / "my tasks#.jsonl").read_bytes() == content
+    assert read_manifest(f"file:{tmp_path}/my%20tasks%23.jsonl") == read_manifest(str(tmp_path / "my tasks#.jsonl"))
+    with pytest.raises(InputError, match="not of the form file:///path"):
+        publish(f"file://{tmp_path}/tasks.jsonl?x", content)
+    with pytest.raises(InputError, match="scheme 'gs' is not supported; give a path, a file:// URL, or s3://"):
+        publish("gs://bucket/tasks.jsonl", content)
+    with pytest.raises(DataError, match=r"there is no manifest /+no-such-tasks\.jsonl"):
+        read_manifest("file:///no-such-tasks.jsonl")
 
 
 def test_object_storage_holds_them_as_well(content, source, moto_bucket):

@@ -179,12 +179,13 @@ def test_one_that_could_not_be_renewed_for_too_long_is_not_relied_on(tmp_path):
     mine.leave()
 
 
-def test_storage_that_heeds_no_conditions_is_refused(tmp_path):
+@pytest.mark.parametrize(("heeded", "told"), [("none", "If-None-Match"), ("absence", r"\(If-Match")])
+def test_storage_that_heeds_no_conditions_is_refused(tmp_path, heeded, told):
     class Heedless(Folder):
         def write(self, name, content, *, only_if=None):
-            return super().write(name, content)
+            return super().write(name, content, only_if=only_if if (heeded, only_if) == ("absence", ABSENT) else None)
 
-    with pytest.raises(StorageError, match="cannot keep two writers apart"):
+    with pytest.raises(StorageError, match=f"{told}.*cannot keep two writers apart"):
         lease(Heedless(tmp_path)).acquire()
 
 

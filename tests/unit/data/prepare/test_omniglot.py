@@ -163,6 +163,13 @@ def test_unreachable_server_is_the_environments_fault(tmp_path, server):
         omniglot.fetch(f"{server}/nowhere", tmp_path / "x")
     with pytest.raises(DataError, match="neither a path nor"):
         omniglot.fetch("ftp://127.0.0.1/x", tmp_path / "x")
+    for url in ("http://me:geheim@127.0.0.1/x", "https://geheim@127.0.0.1:1/x"):
+        with pytest.raises(DataError, match="credentials do not belong in a URL") as caught:
+            omniglot.fetch(url, tmp_path / "x")
+        assert "geheim" not in str(caught.value)
+    with pytest.raises(StorageError, match="cannot be downloaded") as caught:
+        omniglot.fetch(f"{server}/nowhere?sv=2024&sig=geheim", tmp_path / "x")
+    assert "geheim" not in str(caught.value)
 
 
 @pytest.mark.omniglot

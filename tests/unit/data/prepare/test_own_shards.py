@@ -100,8 +100,19 @@ def test_shards_that_come_or_change_later_are_taken_in(tmp_path):
     index, there = index_shards(storage, "mine")
     assert not there and list(map(len, index.splits.values())) == [6, 3, 3]
     assert list(mismatches(storage, index)) == []
-    storage.write("index.json", b"damaged")
-    assert index_shards(storage, "mine") == (index, False)
+    storage.write(
+        "index.json",
+        storage.read("index.json").replace(b'"shards"', b'"shards" ', 1).replace(index.fingerprint.encode(), b"x"),
+    )
+    assert index_shards(storage, "mine") == (index, False), "a damaged one that says what it is of"
+    for foreign in (
+        b"damaged",
+        b'{"pages": []}',
+        b'{"format": "imaml-class-records", "provenance": {"kind": "folder"}}',
+    ):
+        storage.write("index.json", foreign)
+        refused(storage, r"already holds an index\.json which cannot be read and does not say that it is of this kind")
+        assert storage.read("index.json") == foreign
 
 
 def test_shards_in_object_storage_are_indexed_there(tmp_path, moto_bucket):
