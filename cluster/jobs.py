@@ -15,6 +15,9 @@ from imaml_dist.errors import ClusterError
 
 POLL_S = 1.0
 
+STOP_S = 60
+"""Between asking a command to end and ending it. Ray's own 3 seconds are too few for a checkpoint."""
+
 
 class JobStatus(StrEnum):
     """Where a job is; the last three are ends."""
@@ -86,7 +89,7 @@ class JobHandle(ABC):
 
     @abstractmethod
     def cancel(self) -> bool:
-        """Ask for its end; the command has some time to save its state.
+        """Ask for its end.
 
         Returns:
             Whether it was not over yet.
@@ -138,6 +141,11 @@ class Jobs(Protocol):
     @property
     def options(self) -> str:
         """Words of a command line that say which cluster."""
+        ...
+
+    @property
+    def cancelling(self) -> str:
+        """What becomes of a job that is cancelled, as the end of a sentence about it."""
         ...
 
     def job(self, id: str) -> JobHandle:

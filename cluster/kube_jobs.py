@@ -71,6 +71,8 @@ class KubeJobs:
         chosen.retries = False  # we try again ourselves, and longer
         api = client.ApiClient(chosen)
         self.namespace, self.address, self.options = namespace, str(chosen.host), f"--k8s --namespace {namespace}"
+        # KubeRay asks the command to end, and does not wait for it.
+        self.cancelling = "is deleted with its pods; submitting it again goes on from its last checkpoint"
         self._objects, self._core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self._where = {"group": "ray.io", "version": "v1", "namespace": namespace, "plural": "rayjobs"}
 

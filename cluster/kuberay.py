@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from cluster.jobs import STOP_S
 from cluster.kube_options import KubeOptions
 from cluster.resources import Needs, quantity
 from imaml_dist.errors import InputError
@@ -178,6 +179,8 @@ def _head(run: Run, options: KubeOptions, labels: Mapping[str, str], elastic: bo
         {"name": "dashboard", "containerPort": 8265},
         {"name": "client", "containerPort": 10001},
     ]
+    stop = {"name": "RAY_JOB_STOP_WAIT_TIME_S", "value": str(STOP_S)}
+    head["containers"][0]["env"] = [stop, *head["containers"][0]["env"]]
     if not elastic:  # the autoscaler talks to Kubernetes, by an account that KubeRay makes for it
         head |= _account(options)
     annotated = {CONFIG_KEY: run.config}

@@ -14,16 +14,13 @@ from pathlib import Path
 from shlex import join
 from typing import Any
 
-from cluster.jobs import POLL_S, TO_BE_REPEATED, JobHandle, JobState, JobStatus
+from cluster.jobs import POLL_S, STOP_S, TO_BE_REPEATED, JobHandle, JobState, JobStatus
 from cluster.ray_dashboard import RayDashboard, is_away
 from cluster.runtime_env import runtime_env, staged
 from imaml_dist.errors import ClusterError, InputError
 
 SILENCE_S = 60.0
 """After which a stream of logs is opened anew: a connection can be lost without a word."""
-
-STOP_S = 60
-"""Between asking a command to end and ending it. Ray's own 3 seconds are too few for a checkpoint."""
 
 IDENTITY = "imaml_identity"
 RUN_DIR = "imaml_run_dir"
@@ -73,6 +70,11 @@ class RayJobs(RayDashboard):
     def options(self) -> str:
         """See `Jobs`."""
         return f"--address {self.address}"
+
+    @property
+    def cancelling(self) -> str:
+        """See `Jobs`."""
+        return "is asked to stop, and writes a checkpoint first"
 
     def submit(self, job: Submission, environment: Mapping[str, str] = os.environ) -> tuple[JobHandle, bool]:
         """Run it, unless it runs or has succeeded already. After one that failed or was stopped comes `<id>-2`, and so on.

@@ -56,7 +56,7 @@ def logs(
 
 @jobs_app.command()
 def cancel(id: Id, address: Address = None, k8s: K8s = False, namespace: Namespace = "imaml") -> None:
-    """Stop a job; it writes a checkpoint first."""
+    """Stop a job: on a Ray cluster it writes a checkpoint first, on Kubernetes it is deleted."""
     with exit_codes():
         from pipelines.jobs import cancel as run_cancel
         from pipelines.jobs import jobs_of

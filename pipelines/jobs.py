@@ -13,10 +13,10 @@ from typing import Any
 
 from rich.table import Table
 
-from cluster.jobs import JobHandle, Jobs, JobState, JobStatus
+from cluster.jobs import STOP_S, JobHandle, Jobs, JobState, JobStatus
 from cluster.kube_jobs import KubeJobs
 from cluster.kuberay import job_name
-from cluster.ray_jobs import STOP_S, RayJobs, Submission
+from cluster.ray_jobs import RayJobs, Submission
 from imaml_dist.config.load import load_config, to_yaml
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.errors import ClusterError, ConfigError, InputError
@@ -217,7 +217,7 @@ def cancel(id: str, jobs: Jobs) -> None:
     """
     job = jobs.job(id)
     if job.cancel():
-        console.out.print(f"job {id} is asked to stop, and writes a checkpoint first", soft_wrap=True)
+        console.out.print(f"job {id} {jobs.cancelling}", soft_wrap=True)
         try:
             job.result(CANCEL_S)
         except CancelledError:
@@ -238,8 +238,9 @@ def _ways(id: str, jobs: Jobs) -> str:
 
 def _check_reachable(config: ExperimentConfig, run_dir: str) -> None:
     """A job's own folder is the head's alone, and goes with the job."""
-    warm = config.warm_start.path
-    for what, url in (("--run-dir", run_dir), ("data.url", config.data.url), ("warm_start.path", warm)):
+    warm, frozen = config.warm_start.path, config.validation.manifest
+    places = {"--run-dir": run_dir, "data.url": config.data.url, "warm_start.path": warm, "validate.manifest": frozen}
+    for what, url in places.items():
         if url is None:
             continue
         if "@" in url:

@@ -63,7 +63,10 @@ def _run(config: ExperimentConfig, run_dir: str, options: KubeOptions) -> kubera
 
 def _check_reachable(config: ExperimentConfig, run_dir: str) -> None:
     """Pods share no folder, with each other or with the user."""
-    for what, url in (("--run-dir", run_dir), ("data.url", config.data.url)):
+    places = {"--run-dir": run_dir, "data.url": config.data.url, "validate.manifest": config.validation.manifest}
+    for what, url in places.items():
+        if url is None:
+            continue
         if "@" in url:
             raise InputError(f"{what}: credentials do not belong in a URL; take them out, and keep them in a Secret")
         if not url.startswith(S3):

@@ -312,6 +312,7 @@ def test_another_server_is_no_dashboard(moto, tmp_path, monkeypatch):
         (("--run-dir", "runs/x"), "--run-dir: runs/x given, which lies in a folder of this machine"),
         (("--run-dir", "s3://me:CANARY@b/x"), "credentials do not belong in a URL"),
         (("--set", "data.url=data/omniglot"), "data.url: data/omniglot given, which lies in a folder"),
+        (("--set", "validate.manifest=frozen.jsonl"), "validate.manifest: frozen.jsonl given, which lies in a folder"),
         (("--set", "run.backend=local"), "run.backend: local given"),
         (("--set", "run.device=auto"), "run.device: auto given"),
         (("--set", "run.stps=1"), "did you mean run.steps"),

@@ -62,6 +62,10 @@ def test_options_of_a_file_reach_the_manifest(tmp_path):
         ((*REACHABLE, "--run-dir", "s3://me:CANARY@b/x"), "credentials do not belong in a URL"),
         ((*REACHABLE, "--set", "run.backend=local"), "run.backend: local given"),
         ((*REACHABLE, "--set", "warm_start.path=runs/a"), "warm_start.path: runs/a given"),
+        (
+            (*REACHABLE, "--set", "validate.manifest=frozen.jsonl"),
+            "validate.manifest: frozen.jsonl given, but pods share no",
+        ),
         ((*REACHABLE, "--image", "imaml:latest"), "must have a tag other than latest"),
         (
             (*REACHABLE, "--set", "storage.cache_bytes=20000000000"),
@@ -113,8 +117,8 @@ def test_a_head_without_a_gpu_prepares_a_run_of_workers_that_have_some(data, tmp
         pytest.skip("this machine has a GPU")
     config = build_config(raw_config(data, backend="ray", device="cuda"))
     with pytest.raises(ConfigError, match="no GPU is visible here"):
-        resolve(config, cuda=train._gpus_elsewhere(config))
+        resolve(config, cuda=train.gpus_elsewhere(config))
     monkeypatch.setenv("RAY_ADDRESS", "tiny-head-svc:6379")
-    resolved = resolve(config, cuda=train._gpus_elsewhere(config))
+    resolved = resolve(config, cuda=train.gpus_elsewhere(config))
     assert (resolved.run.device, resolved.run.execution) == ("cuda", "vmap")
     train._preflight(resolved, open_dataset(resolved), RunDirectory(tmp_path / "run"), fresh=False)
