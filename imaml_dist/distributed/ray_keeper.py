@@ -12,14 +12,13 @@ from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.crew import connect, open_store
 from imaml_dist.distributed.keeper import Keeper, Limits
 from imaml_dist.distributed.rank_process import RankProcess
-from imaml_dist.distributed.ray_worker import Result
-from imaml_dist.distributed.stop import Stop
+from imaml_dist.distributed.stop import Outcome, Stop
 from imaml_dist.errors import ImamlError, PeerLostError
 from imaml_dist.training.remote_run import open_run
 from imaml_dist.training.run_directory import RunDirectory
 
 
-def keep(payload: dict[str, Any], here: str, process: RankProcess) -> Result:
+def keep(payload: dict[str, Any], here: str, process: RankProcess) -> Outcome:
     """Keep this worker's rank to the end of the run.
 
     Only rank 0's keeper looks into the run directory before all have met; the others need not see it.
@@ -61,7 +60,7 @@ def _keep(
     here: str,
     process: RankProcess,
     failed: Callable[[str, str], None],
-) -> Result:
+) -> Outcome:
     from ray import train
     from ray.train.collective import broadcast_from_rank_zero
 

@@ -8,11 +8,10 @@ from typing import Any
 
 from imaml_dist.distributed.interface import interface_of
 from imaml_dist.distributed.rank_process import RankProcess
+from imaml_dist.distributed.stop import Outcome
 
-Result = int | list[str]
 
-
-def keep_rank(payload: dict[str, Any]) -> Result:
+def keep_rank(payload: dict[str, Any]) -> Outcome:
     """Keep this worker's rank to the end of the run.
 
     Args:

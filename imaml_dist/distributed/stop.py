@@ -11,3 +11,7 @@ class Stop(IntEnum):
     SECONDS = 2
     INTERRUPTED = 3
     PLATEAU = 4
+
+
+Outcome = int | list[str]
+"""Of a keeper, as it travels: a `Stop`, or type and message of the error that ended the run."""
