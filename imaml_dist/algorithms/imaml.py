@@ -84,14 +84,14 @@ class IMAML:
         Raises:
             ValueError: Lambda does not fit the parameters, or a name of `adapts` is none.
         """
-        layout = self._adapting(layout)
+        layout = self.adapting(layout)
         raw = self.strength.initial(layout, dtype) if self.strength.kind != "scalar" or self.strength.learn else {}
         return {LAM + name: value for name, value in raw.items()} if self.strength.learn else {}
 
     def describe(self, own: dict[str, Tensor], layout: ParameterLayout) -> dict[str, Tensor]:
         """See `Algorithm.describe`: Lambda's diagonal."""
         raw = _raw(own)
-        return {"lam": self.strength.parametrisation(self._adapting(layout)).build(raw).diagonal()} if raw else {}
+        return {"lam": self.strength.parametrisation(self.adapting(layout)).build(raw).diagonal()} if raw else {}
 
     def proximal(self, problem: TaskProblem) -> Proximal:
         """Lambda as it is now, of the parameters that adapt (`part`)."""
@@ -118,7 +118,8 @@ class IMAML:
         """What adapts in these tasks; the linear system is that of its problem."""
         return Part.of(problem, self.adapts or ("",))
 
-    def _adapting(self, layout: ParameterLayout) -> ParameterLayout:
+    def adapting(self, layout: ParameterLayout) -> ParameterLayout:
+        """The layout of those of the model's parameters that adapt. Raises what `names_under` raises."""
         return sublayout(layout, names_under(layout, self.adapts, "adapts")) if self.adapts else layout
 
     def _adapt(self, problem: TaskProblem) -> InnerSolution:

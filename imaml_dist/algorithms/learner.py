@@ -147,10 +147,14 @@ class MetaLearner:
             theta: meta-parameters `[P + R]`; the learner's own when None.
         """
         theta = self.meta_parameters() if theta is None else theta
-        large = self.execution == "native" and episodes.support_x.shape[1] > ONE_BY_ONE
-        if len(episodes) == 1 or not (large or self.execution == "loop"):
+        if len(episodes) == 1 or not self.one_by_one(episodes):
             return self._as_fits(episodes, theta)
         return TaskGradients.joined([self._as_fits(episodes[t : t + 1], theta) for t in range(len(episodes))])
+
+    def one_by_one(self, episodes: EpisodeBatch) -> bool:
+        """Whether such tasks are computed one after the other."""
+        large = self.execution == "native" and episodes.support_x.shape[1] > ONE_BY_ONE
+        return large or self.execution == "loop"
 
     def adapt_parameters(self, support_x: Tensor, support_y: Tensor, theta: Tensor | None = None) -> InnerSolution:
         """Adapt to T tasks as at meta-test, without dropout: `[T, n, ...]` samples and `[T, n]` labels -> phi `[T, P]`."""
@@ -228,34 +232,19 @@ class MetaLearner:
         if not self._tried:
             with suppress(torch.OutOfMemoryError):  # what follows does not fit either then, and says so task by task
                 self._preflight_where_finite(episodes)
-        memory = self._memory_of(episodes)
-        if memory.needs_probe(len(episodes)):
-            self._attempt(episodes[:2], theta, memory)
         parts: list[TaskGradients] = []
-        while len(episodes):
-            size = memory.next_call(len(episodes))
-            found = self._attempt(episodes[:size], theta, memory)
-            # Only now is an error gone, and with it the frames that hold what did not fit: before, nothing can be allocated.
-            if found is None and size >= 4:
-                memory.failed(size)
-                continue
+        calls = self.memory_of(episodes).calls(len(episodes), lambda part: self._batch_gradients(episodes[part], theta))
+        for size, found in calls:
             if found is None:
                 tasks = TaskRecord.lost(size, TaskOutcome.OUT_OF_MEMORY, theta.device, theta.dtype)
                 found = TaskGradients(theta.new_zeros(size, theta.shape[0]), tasks, seconds={})
             parts.append(found)
-            episodes = episodes[size:]
         return parts[0] if len(parts) == 1 else TaskGradients.joined(parts)
 
-    def _attempt(self, episodes: EpisodeBatch, theta: Tensor, memory: MemoryModel) -> TaskGradients | None:
-        """None where memory did not do."""
-        with suppress(torch.OutOfMemoryError), memory.watched(len(episodes)):
-            return self._batch_gradients(episodes, theta)
-        return None
-
-    def _memory_of(self, episodes: EpisodeBatch) -> MemoryModel:
-        """The model for tasks of this shape."""
+    def memory_of(self, episodes: EpisodeBatch, what: str = "meta-gradient") -> MemoryModel:
+        """The model of the memory that this takes for tasks of this shape."""
         x, device = (episodes.support_x, episodes.query_x), episodes.support_x.device
-        key = (*(t.shape[1:] for t in x), *(t.dtype for t in x), device)
+        key = (what, *(t.shape[1:] for t in x), *(t.dtype for t in x), device)
         if key not in self._memory:
             self._memory[key] = MemoryModel(device, self._trial)
         return self._memory[key]
@@ -305,7 +294,7 @@ class MetaLearner:
 
 
 class _Clock:
-    """Seconds by phase, with the device's queue drained at each lap so that the split is true."""
+    """Seconds by phase, with the queue of computations drained at each lap so that the split is true."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -314,7 +303,7 @@ class _Clock:
 
     def _now(self) -> float:
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()  # not the device, whose reductions go on
         return time.perf_counter()
 
     def lap(self, phase: str) -> None:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -24,6 +25,8 @@ TRIAL = 20.0
 derivative in float64, and three times what an implicit method takes; an unrolled one keeps the graphs of all inner steps."""
 
 Root = Path("/")
+
+Result = TypeVar("Result")
 
 
 class MemoryModel:
@@ -63,6 +66,38 @@ class MemoryModel:
             return False
         return self._trial is None or TRIAL * self._trial * tasks > SHARE["cpu"] * free_bytes(self._device)
 
+    def calls(self, tasks: int, compute: Callable[[slice], Result]) -> Iterator[tuple[int, Result | None]]:
+        """`tasks` tasks in one call, or in several where memory does not do for all at once.
+
+        Args:
+            tasks: in all.
+            compute: makes a call with some of them.
+
+        Returns:
+            How many each call had and what it returned, in order; None where the two or three of a smallest one did not fit.
+
+        Raises:
+            NoRoomError: see `next_call`.
+        """
+        if self.needs_probe(tasks):
+            self._attempt(slice(0, 2), compute)
+        begin = 0
+        while begin < tasks:
+            size = self.next_call(tasks - begin)
+            found = self._attempt(slice(begin, begin + size), compute)
+            # Only now is an error gone, and with it the frames that hold what did not fit: before, nothing can be allocated.
+            if found is None and size >= 4:
+                self.failed(size)
+                continue
+            yield size, found
+            begin += size
+
+    def _attempt(self, part: slice, compute: Callable[[slice], Result]) -> Result | None:
+        """None where memory did not do."""
+        with suppress(torch.OutOfMemoryError), self.watched(part.stop - part.start):
+            return compute(part)
+        return None
+
     def next_call(self, tasks: int) -> int:
         """How many of `tasks` tasks to compute now: all if they fit, else the first of parts of about the same size that do.
 
@@ -86,7 +121,7 @@ class MemoryModel:
         needed = self.bytes(sizes[-1])
         if self._device.type == "cpu" and needed > free:
             raise NoRoomError(
-                f"a meta-gradient of {sizes[-1]} tasks takes {needed / 1e9:.2g} GB of memory, and {free / 1e9:.2g} GB are free; end other "
+                f"a call with {sizes[-1]} tasks takes {needed / 1e9:.2g} GB of memory, and {free / 1e9:.2g} GB are free; end other "
                 "programs, or use fewer workers on this machine, smaller tasks, or a smaller network"
             )
         return sizes[-1]
@@ -155,9 +190,9 @@ def free_bytes(device: torch.device, root: Path = Root) -> int:
     return min([1024 * _kilobytes(root, "meminfo", "MemAvailable:"), *_left_in_groups(root)])
 
 
-V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
-V2 = ("memory.max", "memory.current", "inactive_file")
-"""Limit, use, and the part of the use that is a cache of files and given up on demand."""
+V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", ("total_inactive_file", "total_active_file"))
+V2 = ("memory.max", "memory.current", ("inactive_file", "active_file"))
+"""Limit, use, and the parts of the use that are a cache of files and given up on demand; files in memory (tmpfs) are not in these."""
 
 
 def _left_in_groups(root: Path) -> Iterator[int]:
@@ -170,7 +205,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
         _, controllers, name = line.split(":", 2)
         if controllers and "memory" not in controllers.split(","):
             continue
-        mount, (most, used, cache) = root / "sys/fs/cgroup", V1 if controllers else V2
+        mount, (most, used, caches) = root / "sys/fs/cgroup", V1 if controllers else V2
         mount = mount / "memory" if controllers else mount
         inner = mount / name.lstrip("/")
         for folder in (inner, *(parent for parent in inner.parents if parent.is_relative_to(mount))):
@@ -179,7 +214,7 @@ def _left_in_groups(root: Path) -> Iterator[int]:
                 if limit == "max":
                     continue
                 facts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
-                yield int(limit) - int((folder / used).read_text()) + int(facts.get(cache, 0))
+                yield int(limit) - int((folder / used).read_text()) + sum(int(facts.get(cache, 0)) for cache in caches)
             except OSError:  # the outermost has no limit, and in a container the outer ones are not to be seen
                 continue
 

@@ -76,6 +76,9 @@ def hessian_operator(objective: Objective, at: Tensor) -> Matvec:
     return linearise_hessian(objective, at).curvature
 
 
+MAX_BYTES = 4 << 30
+"""Of the factors of all tasks of a call."""
+
 COUPLED = 64.0
 """Rounding units of a task's largest product that may appear at samples which it left out, before samples count as coupled."""
 
@@ -123,7 +126,7 @@ class GaussNewton:
             self._linearised = self._linearise()
         return Linearised(self._linearised.losses, self._linearised.gradient, self)
 
-    def factors(self, max_bytes: int = 4 << 30) -> tuple[Tensor, Tensor]:
+    def factors(self, max_bytes: int = MAX_BYTES) -> tuple[Tensor, Tensor]:
         """`(F [T, r, P], d [T, r])` with `J'S J = F' diag(d) F`, where `S = V diag(d) V'` and `F = V'J`.
 
         Eigenvalues of S that are zero in rounding for all tasks are left out: for cross entropy one per sample, since a
@@ -132,7 +135,7 @@ class GaussNewton:
         a sum over samples, else n N more. nan where outputs are not finite.
 
         Raises:
-            ValueError: F would be larger than `max_bytes`.
+            torch.OutOfMemoryError: F would be larger than `max_bytes`; fewer tasks in a call may do.
         """
         with torch.no_grad():
             outputs = self._predict(self._at)
@@ -147,9 +150,9 @@ class GaussNewton:
             d = d.reshape(tasks, -1)
         rank = d.shape[1]
         if tasks * rank * self._at.shape[1] * self._at.element_size() > max_bytes:
-            raise ValueError(
+            raise torch.OutOfMemoryError(
                 f"the Jacobian of {tasks} tasks with {size} outputs and {self._at.shape[1]} parameters is larger than "
-                f"{max_bytes / 2**30:.1f} GiB; use an iterative solver, or a smaller chunk"
+                f"{max_bytes / 2**30:.1f} GiB; use an iterative solver, or fewer tasks in a call"
             )
         if blocks is not None and self._predict_each is not None:
             each_own = self._at.unsqueeze(1).expand(-1, n, -1).flatten(0, 1)  # for a single task no copies

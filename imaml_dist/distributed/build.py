@@ -10,10 +10,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from imaml_dist.algorithms.imaml import IMAML
 from imaml_dist.algorithms.learner import MetaLearner
+from imaml_dist.algorithms.linear import ConjugateGradient, Direct, Dual, Nystrom
 from imaml_dist.algorithms.loss import Loss, cross_entropy
 from imaml_dist.config.model import Conv4Config, MLPConfig, ModelConfig, UserModelConfig
 from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.core.curvature import MAX_BYTES
 from imaml_dist.data.ahead import Ahead
 from imaml_dist.data.augment import Augmentation
 from imaml_dist.data.dataset import CacheOptions, Dataset
@@ -145,7 +148,7 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], up
         updates: of the checkpoint that it is for, where the algorithm's numbers follow a schedule.
 
     Raises:
-        ConfigError: see `make_model` and `make_loss`, or Lambda or the names of what adapts do not fit the network.
+        ConfigError: see `make_model` and `make_loss`, or Lambda, the names of what adapts or the linear solver do not fit the network.
         ModelError: the network cannot be meta-trained.
     """
     model = make_model(config.model, image_shape, config.data.way, config.run.seed)
@@ -155,11 +158,36 @@ def make_learner(config: ExperimentConfig, image_shape: tuple[int, int, int], up
     autocast = torch.bfloat16 if config.run.precision == "bfloat16" else None
     algorithm, loss = make_algorithm(config.algorithm, updates), make_loss(config.loss)
     try:
-        return MetaLearner(model, algorithm, loss, execution, autocast)
+        learner = MetaLearner(model, algorithm, loss, execution, autocast)
     except UnknownParameterError as error:
         raise ConfigError(f"algorithm.{error}") from error
     except ValueError as error:  # Lambda is for other parameters
         raise ConfigError(f"algorithm.lam: {error}") from error
+    if isinstance(algorithm, IMAML):
+        _check_solver(config, algorithm, algorithm.adapting(learner.functional.layout).size)
+    return learner
+
+
+def _check_solver(config: ExperimentConfig, algorithm: IMAML, size: int) -> None:
+    """Refuse a linear solver that systems of `size` parameters are too large or too small for, before the first of them."""
+    rows = config.data.way * config.data.shot * (config.data.way - 1)  # of a task's factors with cross entropy
+    memory = rows * size * dtype_of(config).itemsize
+    instead = "let fewer adapt (algorithm.adapts), or use algorithm.solver.kind: conjugate_gradient"
+    match algorithm.solver:
+        case Direct(max_size=most) if size > most:
+            raise ConfigError(
+                f"algorithm.solver.max_size: {most} given, but {size} parameters adapt, and kind direct would form a matrix of {size} x "
+                f"{size} numbers for each task; raise it, {instead}"
+            )
+        case Nystrom(rank=rank) | ConjugateGradient(preconditioner="nystrom", rank=rank) if rank > size:
+            raise ConfigError(
+                f"algorithm.solver.rank: {rank} given, must be at most {size}, the number of parameters that adapt; lower it"
+            )
+        case Dual() if config.loss == "cross_entropy" and memory > MAX_BYTES:
+            raise ConfigError(
+                f"algorithm.solver.kind: dual given, which takes {memory / 2**30:.1f} GiB for the {rows} x {size} numbers of a task, may "
+                f"take {MAX_BYTES / 2**30:.0f}; {instead}"
+            )
 
 
 def dtype_of(config: ExperimentConfig) -> torch.dtype:

@@ -26,7 +26,7 @@ def attention(
     *,
     dropout: Dropout,
 ) -> Tensor:
-    """`softmax(Q K^T scale + mask) V`, as `torch.nn.functional.scaled_dot_product_attention` defines it.
+    """`softmax(Q K^T scale + mask) V`, as `torch.nn.functional.scaled_dot_product_attention` defines it: zero where all is masked.
 
     Args:
         query: `[..., L, E]`. key: `[..., S, E]`. value: `[..., S, V]`.
@@ -48,8 +48,14 @@ def attention(
         scores = scores.masked_fill(~past, -math.inf)
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, -math.inf) if attn_mask.dtype == torch.bool else scores + attn_mask
-    weights = torch.softmax(scores, -1)
+    weights = torch.softmax(scores, -1) if attn_mask is None else _safe_softmax(scores)
     return (dropout(weights, dropout_p) if dropout_p > 0 else weights) @ value
+
+
+def _safe_softmax(scores: Tensor) -> Tensor:
+    """Zero for a row without any score, and so are its derivatives: those of a softmax of nothing would be nan."""
+    nothing = (scores == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
 
 
 def multi_head_attention(dropout: Dropout) -> Callable[..., Any]:

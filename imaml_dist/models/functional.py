@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from imaml_dist.core.vector import ParameterLayout
 from imaml_dist.errors import ModelError
@@ -44,7 +46,7 @@ class FunctionalModel:
 
     Raises:
         ModelError: no parameter requires a gradient, one has no shape yet, or a layer can never work: normalisation
-            across processes, embeddings with sparse gradients or renormalised weights.
+            across processes, embeddings with sparse gradients or renormalised weights, weights normalised by a hook.
         KernelError: `native`, and they cannot be compiled here.
     """
 
@@ -275,6 +277,12 @@ def _counts(layer: nn.Module) -> bool:
     return isinstance(layer, _NormBase) and layer.training and layer.num_batches_tracked is not None
 
 
+def _normalised_by_hook(layer: nn.Module) -> str | None:
+    """Which of torch's normalisations computes a weight of the layer before each call, if one does."""
+    kinds = {WeightNorm: "weight_norm", SpectralNorm: "spectral_norm"}
+    return next((kinds[type(hook)] for hook in layer._forward_pre_hooks.values() if type(hook) in kinds), None)
+
+
 def _refuse_layers(module: nn.Module) -> None:
     for name, layer in module.named_modules():
         if isinstance(layer, nn.SyncBatchNorm) and layer.training:
@@ -285,6 +293,8 @@ def _refuse_layers(module: nn.Module) -> None:
             problem = "changes its weight whenever it is read; build it with max_norm=None"
         elif any(nn.parameter.is_lazy(parameter) for parameter in layer.parameters(recurse=False)):
             problem = "has parameters without a shape; call the module once on a sample before it is given away"
+        elif kind := _normalised_by_hook(layer):
+            problem = f"keeps the weight that a hook computed last, which cannot be copied; use torch.nn.utils.parametrizations.{kind}"
         else:
             continue
         raise ModelError(f"layer {name or '(root)'!r} ({type(layer).__name__}) {problem}")

@@ -102,9 +102,10 @@ def _try(functional: FunctionalModel, moving: Sequence[str], x: Tensor, key: Ten
 
 
 def _plainly_linear(layer: nn.Module) -> bool:
-    """Whether a call of the layer is torch's linear map and nothing else."""
+    """Whether a call of the layer is torch's linear map of parameters that all are learned, and nothing else."""
     hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return type(layer) is nn.Linear and "forward" not in vars(layer) and not any(hooks)
+    learned = all(parameter.requires_grad for parameter in layer.parameters())
+    return type(layer) is nn.Linear and learned and "forward" not in vars(layer) and not any(hooks)
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from imaml_dist.algorithms.learner import MetaLearner
-from imaml_dist.errors import InputError, ModelError
+from imaml_dist.errors import InputError, ModelError, NoRoomError
 from imaml_dist.tasks.episode import EpisodeBatch, TaskSource
 
 TASKS_AT_ONCE = 10
@@ -106,9 +106,16 @@ class Predictions:
     transductive: Tensor | None
     inductive: Tensor | None
 
+    @staticmethod
+    def joined(parts: Sequence[Predictions]) -> Predictions:
+        """Those of several batches of tasks as one."""
+        return Predictions(_joined([p.transductive for p in parts]), _joined([p.inductive for p in parts]))
+
 
 def query_outputs(learner: MetaLearner, episodes: EpisodeBatch, theta: Tensor | None = None) -> Predictions:
     """Adapt to the support samples of T tasks, and evaluate their query samples in both ways.
+
+    In one call, or in several where memory does not do for all at once, as meta-gradients are (`algorithms.memory`).
 
     Args:
         learner: adapts with its own inner solver and proximal strength.
@@ -117,10 +124,24 @@ def query_outputs(learner: MetaLearner, episodes: EpisodeBatch, theta: Tensor | 
 
     Raises:
         ModelError: the model cannot be adapted to the support samples.
+        NoRoomError: not even the smallest call fits into memory.
     """
-    if learner.execution == "loop" and len(episodes) > 1:
-        parts = [query_outputs(learner, episodes[t : t + 1], theta) for t in range(len(episodes))]
-        return Predictions(_joined([p.transductive for p in parts]), _joined([p.inductive for p in parts]))
+    if len(episodes) > 1 and learner.one_by_one(episodes):
+        return Predictions.joined([query_outputs(learner, episodes[t : t + 1], theta) for t in range(len(episodes))])
+    parts: list[Predictions] = []
+    memory = learner.memory_of(episodes, "evaluation")
+    for size, found in memory.calls(len(episodes), lambda part: _outputs(learner, episodes[part], theta)):
+        if found is None:
+            raise NoRoomError(
+                f"evaluating tasks {size} at a time takes more memory than {episodes.query_x.device} has; end other programs there, or "
+                "take tasks with fewer query samples, or a smaller network"
+            )
+        parts.append(found)
+    return Predictions.joined(parts)
+
+
+def _outputs(learner: MetaLearner, episodes: EpisodeBatch, theta: Tensor | None) -> Predictions:
+    """Of `query_outputs`, in one call."""
     phi = learner.adapt_parameters(episodes.support_x, episodes.support_y, theta).params
     functional = learner.functional
     with torch.no_grad():

@@ -27,7 +27,8 @@ def dual_gauss_newton(system: ProximalSystem, b: Tensor) -> LinearSolution:
         the elimination went through, `residual` how well.
 
     Raises:
-        ValueError: the curvature is not a Gauss-Newton operator, or its Jacobian is too large.
+        ValueError: the curvature is not a Gauss-Newton operator.
+        torch.OutOfMemoryError: its Jacobian is too large for one call.
 
     Source: Woodbury, "Inverting modified matrices" (1950); the Gauss-Newton matrix through its outputs: Schraudolph (2002).
     """

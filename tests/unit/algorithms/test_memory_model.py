@@ -9,9 +9,11 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from imaml_dist import IMAML, ConjugateGradient, EpisodeBatch, GradientDescent, MetaLearner
+from imaml_dist import IMAML, ConjugateGradient, Dual, EpisodeBatch, GradientDescent, MetaLearner
 from imaml_dist.algorithms import memory
 from imaml_dist.algorithms.memory import SHARE, MemoryModel, can_measure, free_bytes, part_sizes
+from imaml_dist.core.curvature import GaussNewton
+from imaml_dist.core.outcome import TaskOutcome
 from imaml_dist.errors import NoRoomError
 from imaml_dist.models.conv4 import Conv4
 
@@ -157,16 +159,16 @@ def write(root: Path, files: dict[str, str]) -> Path:
 MEMINFO = {"proc/meminfo": "MemTotal: 8000 kB\nMemFree: 1000 kB\nMemAvailable: 4000 kB\n"}
 
 
-def group(version: int, folder: str, most: str, used: int, cache: int) -> dict[str, str]:
+def group(version: int, folder: str, most: str, used: int, cache: int, active: int = 0) -> dict[str, str]:
     base, names = {
-        1: ("sys/fs/cgroup/memory", ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")),
-        2: ("sys/fs/cgroup", ("max", "current", "inactive_file")),
+        1: ("sys/fs/cgroup/memory", ("limit_in_bytes", "usage_in_bytes", "total_inactive_file", "total_active_file")),
+        2: ("sys/fs/cgroup", ("max", "current", "inactive_file", "active_file")),
     }[version]
     at = f"{base}/{folder}/memory".replace("//", "/")
     return {
         f"{at}.{names[0]}": f"{most}\n",
         f"{at}.{names[1]}": f"{used}\n",
-        f"{at}.stat": f"anon 5\n{names[2]} {cache}\n",
+        f"{at}.stat": f"anon 5\nfile 9000\nshmem 7\n{names[2]} {cache}\n{names[3]} {active}\n",
     }
 
 
@@ -181,6 +183,9 @@ def group(version: int, folder: str, most: str, used: int, cache: int) -> dict[s
             {"proc/self/cgroup": "0::/\n", **group(2, "", "5000", 1000, 50)},
             4050,
         ),  # a container that sees its own group as the root
+        # Files that were read twice are given up, too.
+        ({"proc/self/cgroup": "0::/a\n", **group(2, "a", "3000", 2900, 200, 600)}, 900),
+        ({"proc/self/cgroup": "4:memory:/a\n", **group(1, "a", "700", 600, 10, 300)}, 410),
         ({"proc/self/cgroup": "3:cpu:/x\n4:memory:/a\n0::/\n", **group(1, "a", "700", 100, 10)}, 610),
         # Version 1 in a container: the path is the host's, the group is where the root is.
         ({"proc/self/cgroup": "4:memory:/docker/0f\n", **group(1, "", "700", 100, 10)}, 610),
@@ -291,6 +296,19 @@ def test_what_cannot_fit_is_not_tried_on_a_cpu(free, monkeypatch):
     monkeypatch.setattr(learner, "_compute", lambda *given: pytest.fail("it was tried"))
     with pytest.raises(NoRoomError, match=r"2 tasks takes .* GB of memory, and 1e-09 GB are free"):
         learner.task_gradients(episodes)
+
+
+def test_dual_solves_too_large_for_one_call_are_made_in_parts(monkeypatch):
+    torch.manual_seed(0)
+    learner = MetaLearner(nn.Linear(4, 3).double(), IMAML(1.0, GradientDescent(0.1, 1), Dual()), execution="vmap")
+    x, y = torch.randn(8, 6, 4).double(), torch.arange(6).remainder(3).expand(8, -1)
+    episodes = EpisodeBatch(x, y, x, y, index=torch.arange(8))
+    whole, factors = learner.task_gradients(episodes), GaussNewton.factors
+    size = 6 * 2 * 15 * 8  # rows, parameters, bytes
+    monkeypatch.setattr(GaussNewton, "factors", lambda self: factors(self, max_bytes=4 * size))
+    parts = learner.task_gradients(episodes)
+    assert (parts.tasks.outcome == int(TaskOutcome.OK)).all()
+    torch.testing.assert_close(parts.rows, whole.rows, rtol=1e-12, atol=1e-12)
 
 
 def tensors_at_once(learner: MetaLearner, episodes: EpisodeBatch) -> int:

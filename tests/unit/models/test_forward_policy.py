@@ -213,6 +213,23 @@ def test_attention_is_that_of_torch(options):
     torch.testing.assert_close(attention(q, k, v, **options, dropout=no_drop), expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("added", [False, True])
+def test_a_query_that_attends_to_nothing_is_that_of_torch(added):
+    """As the padding on the left of a sequence under a causal mask."""
+    mask = torch.ones(5, 5).tril().bool() & (torch.arange(5) > 1)
+    mask = torch.zeros(5, 5).double().masked_fill(~mask, -torch.inf) if added else mask
+    given = tuple(draw(2, 1, 5, 3, seed=seed).requires_grad_() for seed in range(3))
+
+    def run(function, **options):
+        output = function(*given, mask, **options)
+        return output, *torch.autograd.grad(output.square().sum(), given)
+
+    found, expected = run(attention, dropout=no_drop), run(F.scaled_dot_product_attention)
+    assert not found[0][:, :, :2].any()
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
+    torch.autograd.gradgradcheck(lambda *given: attention(*given, mask, dropout=no_drop), given)
+
+
 def test_grouped_heads_are_those_of_torch():
     q, k, v = draw(2, 4, 5, 8), draw(2, 2, 6, 8, seed=1), draw(2, 2, 6, 3, seed=2)
     expected = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)

@@ -1,5 +1,7 @@
 """Modules as functions of a flat vector, and the refusal of modules that hide state."""
 
+import warnings
+
 import pytest
 import torch
 from helpers.kernels import NATIVE
@@ -10,6 +12,7 @@ from imaml_dist.errors import ModelError
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.functional import FunctionalModel
 from imaml_dist.models.mlp import MLP
+from imaml_dist.models.preflight import preflight
 
 
 class Odd(nn.Module):
@@ -131,6 +134,23 @@ def test_precision_is_that_of_the_type_factors_are_rounded_to():
     assert functional.precision == single
 
 
+def hooked(normalise):
+    """A layer whose weight is computed before each call, in torch's old way."""
+    with warnings.catch_warnings(category=FutureWarning, action="ignore"):
+        return nn.Sequential(normalise(nn.Linear(2, 2)))
+
+
+@pytest.mark.parametrize("normalise", ["weight_norm", "spectral_norm"])
+def test_normalised_weights_in_torchs_new_way_can_be_meta_trained(normalise):
+    torch.manual_seed(0)
+    layer = getattr(nn.utils.parametrizations, normalise)(nn.Linear(4, 3))
+    functional = FunctionalModel(nn.Sequential(nn.Flatten(), layer).double().eval())
+    x = torch.randn(2, 6, 4, dtype=torch.float64)
+    preflight(functional, x, torch.arange(2), vectorised=True)
+    expected = functional.predict(functional.parameters().expand(2, -1), x)[0]
+    torch.testing.assert_close(functional.standalone(functional.parameters())(x[0]), expected)
+
+
 @pytest.mark.parametrize(
     ("module", "says"),
     [
@@ -143,6 +163,8 @@ def test_precision_is_that_of_the_type_factors_are_rounded_to():
         (nn.Sequential(nn.EmbeddingBag(3, 2, sparse=True)), r"layer '0' \(EmbeddingBag\) has sparse gradients"),
         (nn.Sequential(nn.Embedding(3, 2, max_norm=1.0)), r"layer '0' \(Embedding\) changes its weight whenever"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), r"layer '1' \(LazyLinear\) has parameters without a shape"),
+        (hooked(nn.utils.weight_norm), r"layer '0' \(Linear\) .*use torch.nn.utils.parametrizations.weight_norm"),
+        (hooked(nn.utils.spectral_norm), r"layer '0' \(Linear\) .*use torch.nn.utils.parametrizations.spectral_norm"),
     ],
 )
 def test_what_can_never_work_is_refused_by_the_name_of_its_layer(module, says):

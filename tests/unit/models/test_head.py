@@ -91,6 +91,13 @@ def replaced():
     return layer
 
 
+def frozen(name):
+    """A linear layer one of whose parameters stays as it is."""
+    layer = nn.Linear(5, 3)
+    layer.get_parameter(name).requires_grad_(False)
+    return layer
+
+
 def cuttable():
     deep = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     return [
@@ -98,6 +105,8 @@ def cuttable():
         (Body(nn.Linear(5, 3, bias=False)), "head"),
         (Body(hooked()), "head"),
         (Body(replaced()), "head"),
+        (Body(frozen("weight")), "head"),
+        (Body(frozen("bias")), "head"),
         (Body(deep), "head.2"),
         (Body(deep), "head"),
         (MLP((1, 2, 2), 3, [5]).double(), "layers.3"),
@@ -106,7 +115,9 @@ def cuttable():
 
 @pytest.mark.parametrize("tasks", [1, 3])
 @pytest.mark.parametrize(
-    ("model", "prefix"), cuttable(), ids=["linear", "no-bias", "hooked", "replaced", "last-of-deep", "deep", "mlp"]
+    ("model", "prefix"),
+    cuttable(),
+    ids=["linear", "no-bias", "hooked", "replaced", "bias-only", "weight-only", "last-of-deep", "deep", "mlp"],
 )
 def test_a_head_gives_what_the_whole_model_gives_with_its_derivatives(model, prefix, tasks):
     functional = FunctionalModel(model)

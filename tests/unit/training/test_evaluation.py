@@ -5,14 +5,16 @@ import statistics
 
 import pytest
 import torch
+from helpers.kernels import NATIVE
 from torch import nn
 
 from imaml_dist import FOMAML, EpisodeBatch, GradientDescent, MetaLearner, evaluate, mean_squared_error
-from imaml_dist.errors import InputError, ModelError
+from imaml_dist.algorithms import memory
+from imaml_dist.errors import InputError, ModelError, NoRoomError
 from imaml_dist.models.conv4 import Conv4
 from imaml_dist.models.mlp import MLP
 from imaml_dist.tasks.sinusoid import Sinusoids
-from imaml_dist.training.evaluation import Evaluation, Scored, predict_queries, task_scores
+from imaml_dist.training.evaluation import Evaluation, Scored, predict_queries, query_outputs, task_scores
 
 
 class Noise:
@@ -134,6 +136,71 @@ def test_tasks_that_cannot_be_used_are_named_and_never_left_out(execution):
         evaluate(subject, Damaged(damage), tasks=15)
     assert "\n" not in str(caught.value)
     assert evaluate(subject, Damaged({12: label_negative}), tasks=11).mean >= 0, "only of the tasks asked for"
+
+
+def conv4_learner():
+    torch.manual_seed(0)
+    x = torch.randn(2, 8, 9, 1, 28, 28, generator=torch.Generator().manual_seed(3))
+    y = torch.arange(3).repeat(8, 3)
+    subject = MetaLearner(Conv4((1, 28, 28), 3, 8), FOMAML(GradientDescent(0.1, 2)), execution="native")
+    return subject, EpisodeBatch(x[0], y, x[1], y, index=torch.arange(8))
+
+
+def narrowed(subject, monkeypatch, most):
+    """The learner on a device with room for so many tasks, and how many it was given each time."""
+    predict, sizes = subject.functional.predict_inductive, []
+
+    def predict_inductive(params, *samples):
+        sizes.append(len(params))
+        if len(params) > most:
+            raise torch.OutOfMemoryError
+        return predict(params, *samples)
+
+    monkeypatch.setattr(subject.functional, "predict_inductive", predict_inductive)
+    return sizes
+
+
+@NATIVE
+def test_tasks_that_do_not_fit_together_are_evaluated_in_parts_with_the_same_bits(monkeypatch):
+    subject, episodes = conv4_learner()
+    whole = query_outputs(subject, episodes)
+    sizes = narrowed(subject, monkeypatch, 4)
+    parts = query_outputs(subject, episodes)
+    assert sizes == [8, 4, 4]
+    assert torch.equal(parts.transductive, whole.transductive) and torch.equal(parts.inductive, whole.inductive)
+    query_outputs(subject, episodes)
+    assert sizes == [8, 4, 4, 4, 4], "what failed is not tried again"
+
+
+@NATIVE
+def test_tasks_that_are_trained_one_by_one_are_evaluated_so(monkeypatch):
+    episodes = Noise().episodes(0, range(2))
+    x, y = episodes.support_x.repeat(1, 8, 1), episodes.support_y.repeat(1, 8)
+    subject = learner("native")
+    sizes = narrowed(subject, monkeypatch, 1)
+    query_outputs(subject, EpisodeBatch(x, y, episodes.query_x, episodes.query_y, index=episodes.index))
+    assert sizes == [1, 1]
+
+
+def test_on_a_cpu_an_evaluation_is_cut_by_what_is_free(monkeypatch):
+    subject, episodes = learner(), Noise().episodes(0, range(8))
+    whole = query_outputs(subject, episodes)
+    subject.memory_of(episodes, "evaluation").measured = {4: 400}
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 900)
+    sizes = narrowed(subject, monkeypatch, 8)
+    torch.testing.assert_close(query_outputs(subject, episodes).inductive, whole.inductive)
+    assert sizes == [4, 4]
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1)
+    with pytest.raises(NoRoomError, match=r"a call with 2 tasks takes .* and 1e-09 GB are free"):
+        query_outputs(subject, episodes)
+
+
+@pytest.mark.parametrize(("execution", "least"), [("vmap", 3), ("loop", 1)])
+def test_where_not_even_the_fewest_tasks_can_be_evaluated_it_says_so(execution, least, monkeypatch):
+    subject = learner(execution)
+    narrowed(subject, monkeypatch, 0)
+    with pytest.raises(NoRoomError, match=f"evaluating tasks {least} at a time takes more memory than cpu has; end"):
+        evaluate(subject, Noise(), tasks=8)
 
 
 class OneQuery:
