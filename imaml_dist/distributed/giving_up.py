@@ -23,7 +23,8 @@ def getting_on(run: RunDirectory, after: str | None) -> int:
         TrainingError: one loss follows another, and nothing is achieved between them.
     """
     reached, last = metrics_file.reached(run.metrics_file), run.starts()[-TRIES:]
-    if after is not None and len(last) == TRIES and all(start.get("reached") == reached for start in last):
+    mended = all("after" in start for start in last[1:])  # by this command: its first start comes after nothing
+    if after is not None and len(last) == TRIES and mended and all(start.get("reached") == reached for start in last):
         raise TrainingError(
             f"workers were lost {TRIES} times in a row without another meta-step done after {reached}; the last time {after}; see the "
             "worker logs, then run the same command again to resume"

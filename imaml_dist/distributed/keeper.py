@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from imaml_dist.distributed.channel import Message
 from imaml_dist.distributed.crew import Crew
-from imaml_dist.distributed.rank_process import POLL_S, RankProcess
+from imaml_dist.distributed.rank_process import COMING_S, POLL_S, RankProcess
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.errors import ClusterError
 
@@ -158,6 +158,8 @@ class Keeper:
     def _watch(self, generation: int) -> Stop | None:
         process, crew = self._process, self._crew
         begun, ended, warned = process.step, None, False
+        # A process waits so long for the others to come, and then for the group to be made, before it says that one is lost.
+        longest, since = 2 * self._limits.collective + COMING_S + JOIN_S, time.monotonic()
         while crew.over(generation) is None:
             for message in self._heard():
                 match message["said"]:
@@ -181,6 +183,9 @@ class Keeper:
             elif process.stuck > self._limits.collective + JOIN_S:  # nobody waits for it: all hang, or it is alone
                 limit = f"run.collective_timeout is {self._limits.collective:g}"
                 self._lose(f"computed one chunk of tasks for {process.stuck:.0f} s, {limit}")
+                crew.end(generation)
+            elif process.joining and time.monotonic() - since > longest:
+                self._lose(f"did not join its group for {longest:.0f} s")
                 crew.end(generation)
             elif self._with_spare and process.step > begun >= 0:  # a spare is in the way of a first step
                 self._tend_spare()

@@ -33,6 +33,7 @@ from imaml_dist.distributed.build import storage_options
 from imaml_dist.distributed.channel import Channel, Message
 from imaml_dist.distributed.group import ProcessGroup, losses
 from imaml_dist.distributed.memory import Memory
+from imaml_dist.distributed.rank_process import COMING_S
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import DisagreementError, ImamlError, PeerLostError, brief
 from imaml_dist.training.remote_run import open_run
@@ -70,13 +71,15 @@ class Rank:
 
     def _beat(self) -> None:
         while True:
-            step = -1 if self._worker is None else self._worker.state.step
+            worker = self._worker  # looked at once: the main thread takes it away at any time
+            step = -1 if worker is None else worker.state.step
             self._channel.send(said="beat", step=step, chunk=progress.chunk())
             time.sleep(BEAT_S)
 
     def _save(self) -> None:
-        if self._worker is not None:
-            self._worker.save_now = True
+        worker = self._worker
+        if worker is not None:
+            worker.save_now = True
 
     def _join(self, order: Message) -> None:
         try:
@@ -102,6 +105,7 @@ class Rank:
 
     def _trained(self, order: Message) -> int:
         """Join a group and train in it."""
+        deadline = time.monotonic() + order["timeout"] + COMING_S
         sys.path[:0] = [path for path in order["import_path"] if path not in sys.path]
         if order["gpu"] is not None:
             torch.cuda.set_device(order["gpu"])
@@ -110,7 +114,7 @@ class Rank:
         try:
             with losses():
                 store = TCPStore(order["host"], order["port"], is_master=False, timeout=limit)
-                _wait_for_all(store, order)
+                _wait_for_all(store, order, deadline)
                 # A group that could not be made leaves this count, which is a part of the next one's names in the store.
                 dist.distributed_c10d._world.group_count = 0
                 dist.init_process_group(
@@ -133,17 +137,19 @@ class Rank:
                 dist.destroy_process_group()
 
 
-def _wait_for_all(store: TCPStore, order: Message) -> None:
+def _wait_for_all(store: TCPStore, order: Message, deadline: float) -> None:
     """Make no group before all are here: making it cannot be broken off when one of them is lost.
 
     Raises:
-        PeerLostError: this generation is over.
+        PeerLostError: this generation is over, or one does not come: all were told to at once.
     """
     here, over = f"{order['generation']}/here", f"{order['generation']}/over"
     store.set(f"{here}/{order['rank']}", "")
     while not store.check([f"{here}/{rank}" for rank in range(order["world"])]):
         if store.check([over]):
             raise PeerLostError("another worker is gone")
+        if time.monotonic() > deadline:
+            raise PeerLostError("another worker does not come")
         time.sleep(0.02 * max(1.0, order["world"] / 64))
 
 

@@ -14,6 +14,9 @@ from imaml_dist.distributed.channel import Channel, Message
 
 POLL_S = 0.1
 
+COMING_S = 5.0
+"""For all ranks to come to a new group, beyond the limit of a collective: a busy machine takes its time."""
+
 _START = """
 import ctypes, runpy, signal, sys
 if sys.platform == "linux":

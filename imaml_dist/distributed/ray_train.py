@@ -59,6 +59,8 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
     from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
 
+    from imaml_dist.distributed.ray_room import Patience
+
     class SharedGpus(Backend):  # type: ignore[misc]
         """Workers of one node see each other's GPUs, as nccl wishes."""
 
@@ -94,6 +96,7 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
                 name=f"start-{len(run.starts()):04d}-{os.getpid()}",
                 storage_path=str(scratch),
                 failure_config=FailureConfig(max_failures=-1, controller_failure_limit=attempts),
+                callbacks=[Patience(fewest, ROOM_S, run.stop_file.resolve())],
             ),
         ).fit()
 
@@ -101,6 +104,8 @@ def train_on_ray(config: ExperimentConfig, run: RunDirectory) -> Stop:
         result = _fitted(fit, run, TrainingFailedError)
     except (TrainingFailedError, RayError) as error:  # the latter if Ray's controller of the run is lost
         raise_failure(run)
+        if isinstance(error, TrainingFailedError) and run.stop_file.exists():  # there was no worker to hear of it
+            return Stop.INTERRUPTED
         newest = run.newest_step()
         raise TrainingError(
             f"Ray gave up ({errors.brief(error)}); the last good checkpoint is of step {newest}; see the worker logs of Ray, then run "

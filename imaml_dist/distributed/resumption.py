@@ -68,9 +68,7 @@ def resume(
         try:
             # What lies beyond is damaged, or would be mistaken for newer than what this start writes.
             run.set_checkpoints_aside_after(state.step)
-            written = state.step if taken is None else taken.written
-            if reached > written:
-                metrics_file.rewind(run.metrics_file, written)
+            metrics_file.rewind(run.metrics_file, state.step if taken is None else taken.written)
             run.record_start(facts)
         except OSError as error:
             raise run.cannot_be_written(error) from error

@@ -43,12 +43,9 @@ from imaml_dist.training.meta_parameters import meta_parameters
 from imaml_dist.training.outer import make_optimizer
 from imaml_dist.training.profile import StepProfile
 from imaml_dist.training.resumable import fixed_fields
-from imaml_dist.training.run_directory import RunDirectory
+from imaml_dist.training.run_directory import WRITER_WAIT_S, RunDirectory
 from imaml_dist.training.state import Best, MetaState
 from imaml_dist.training.writer import RunWriter
-
-WRITER_WAIT_S = 60.0
-"""How long to wait at least for the workers of a killed driver to be gone: Ray ends them, but not at once."""
 
 COMPUTING = ("seconds_data", "seconds_inner", "seconds_query", "seconds_solve")
 """What a rank does by itself in a meta-step."""
@@ -120,9 +117,7 @@ class Worker:
             # A rank 0 on a machine that was cut off holds the lock until it has waited in vain for the others.
             wait = max(WRITER_WAIT_S, self.config.run.collective_timeout)
             if self.group.rank == 0 and not stack.enter_context(self.run.writing(wait)):
-                raise StorageError(
-                    f"{self.run.url} is still written to by workers of an earlier start; end them and try again"
-                )
+                raise self.run.is_written_to()
             stop = self._train()
             if stop is not Stop.INTERRUPTED and self.config.evaluate.tasks:
                 whole = meta_test(self.config, self.run, self.group, self.dataset)

@@ -77,9 +77,15 @@ def reached(path: Path) -> int:
 
 
 def rewind(path: Path, step: int) -> None:
-    """Drop the lines of meta-steps from `step` on: they will be done, and written, again."""
-    kept = [r for r in read(path) if r["step"] < step]
-    atomic_write(path, "".join(json.dumps(r) + "\n" for r in kept).encode())
+    """Drop the lines of meta-steps from `step` on, which will be done, and written, again, and a line that a crash left half written.
+
+    Raises:
+        InputError: see `read`.
+        OSError: the file cannot be written; then it is as it was.
+    """
+    kept = "".join(json.dumps(r) + "\n" for r in read(path) if r["step"] < step).encode()
+    if path.is_file() and path.read_bytes() != kept:
+        atomic_write(path, kept)
 
 
 class Follower:

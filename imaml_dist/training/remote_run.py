@@ -168,6 +168,17 @@ class RemoteRunDirectory(RunDirectory):
                 self._lease, self._metrics_reader = None, MetricsReader(self._objects.storage, self.metrics_file)
 
     @contextmanager
+    def barring(self, wait: float) -> Iterator[bool]:
+        """See `RunDirectory`."""
+        lease = Lease(self._brisk, self.writer_lock.name)
+        held = lease.acquire(wait, self._patience) is not None
+        try:
+            yield held
+        finally:
+            if held:
+                lease.release()
+
+    @contextmanager
     def following(self) -> Iterator[None]:
         """See `RunDirectory`."""
         with every_second(self._share_as_follower):

@@ -21,6 +21,9 @@ from imaml_dist.tracking.metrics_file import finite
 from imaml_dist.training import checkpoints
 from imaml_dist.training.resumable import check_resumable
 
+WRITER_WAIT_S = 60.0
+"""How long to wait at least for the workers of a killed command to be gone: Ray ends them, but not at once."""
+
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """Tensors and facts of a checkpoint."""
 
@@ -85,6 +88,10 @@ class RunDirectory:
         """Be the one that writes metrics and checkpoints; yields whether that is so, after `wait` seconds at most."""
         return exclusive(self.writer_lock, wait)
 
+    def barring(self, wait: float) -> AbstractContextManager[bool]:
+        """Keep all from writing, as `writing` does, to write nothing oneself."""
+        return self.writing(wait)
+
     @contextmanager
     def following(self) -> Iterator[None]:
         """Have the small files and the metrics be those of the run while it goes on."""
@@ -106,13 +113,17 @@ class RunDirectory:
         Raises:
             ConfigError: the directory holds a run whose configuration differs in a field that may not change.
             InputError: the directory holds something else, and is left alone.
+            StorageError: `fresh`, but workers of an earlier start still write into it.
         """
         self.check_usable()
+        self.path.mkdir(parents=True, exist_ok=True)
         if fresh:
-            self._clear()
+            with self.barring(max(WRITER_WAIT_S, config.run.collective_timeout)) as barred:
+                if not barred:
+                    raise self.is_written_to()
+                self._clear()
         if self.config_file.is_file():
             check_resumable(self.config(), config, self.url)
-        self.path.mkdir(parents=True, exist_ok=True)
         atomic_write(self.config_file, to_yaml(config).encode())
         self.share(self.config_file)
         self._forget(self.stop_file, self.failure_file)
@@ -206,6 +217,10 @@ class RunDirectory:
         """Ask no more."""
         self._forget(self.stop_file)
 
+    def withdraw_results(self) -> None:
+        """Have nothing say that the run is finished, for it goes on."""
+        self._forget(self.summary_file, self.evaluation_file, self.report_file)
+
     def fail(self, kind: str, message: str) -> None:
         """Tell the command which error ends the run.
 
@@ -224,6 +239,10 @@ class RunDirectory:
         return StorageError(
             f"{self.url} cannot be written ({reason}); free space and run the same command again to resume"
         )
+
+    def is_written_to(self) -> StorageError:
+        """The error for workers that are not gone."""
+        return StorageError(f"{self.url} is still written to by workers of an earlier start; end them and try again")
 
     def checkpoint_steps(self) -> list[int]:
         """Steps with a finished checkpoint, oldest first; not verified."""

@@ -161,6 +161,30 @@ def test_ranks_that_all_hang_at_once_are_replaced(data, gold, tmp_path, sabotage
     assert any("computed one chunk of tasks for" in after and "timeout is 3" in after for after in told), told
 
 
+def test_a_rank_that_hangs_while_it_joins_the_next_group_costs_the_survivor_nothing(data, gold, tmp_path, sabotage):
+    """There is no collective yet in which the survivor could wait for it in vain."""
+    sabotage((1, 3, "inner", signal.SIGKILL), (1, 1, "join", HANG))
+    config = configured(data)
+    with Keepers(config, begun(config, tmp_path / "run"), 2, collective=3.0) as keepers:
+        pass
+    assert happened(tmp_path) == 2
+    check(tmp_path / "run", gold)
+    first, second = keepers.run.starts()
+    assert second["from"] == "memory"
+    assert second["pids"][0] == first["pids"][0]
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_alone_and_hangs_while_it_joins_is_replaced(data, gold, tmp_path, sabotage):
+    sabotage((0, 0, "join", HANG))
+    config = configured(data, workers=1)
+    with Keepers(config, begun(config, tmp_path / "run"), 1, collective=3.0) as keepers:
+        pass
+    check(tmp_path / "run", gold)
+    (start,) = keepers.run.starts()
+    assert "did not join its group for" in start["after"]
+
+
 @pytest.mark.parametrize("world", [2, 3])
 @pytest.mark.parametrize("place", ["data", pytest.param("report", marks=pytest.mark.slow)])
 def test_a_flipped_bit_is_found_its_rank_named_and_replaced_and_the_steps_done_again(

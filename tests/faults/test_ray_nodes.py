@@ -83,3 +83,19 @@ def test_an_elastic_run_grows_onto_a_node_that_comes(data, tmp_path):
     assert sha256_of(tensors) == sha256_of(gold)
     assert facts["ledger"] == gold_facts["ledger"]
     assert [record["step"] for record in metrics_file.read(run.metrics_file)] == list(range(steps))
+
+
+def test_an_elastic_run_that_waits_for_room_can_be_interrupted(data, tmp_path):
+    """Fewer than its fewest workers have room, so no worker is there that could hear of it."""
+    config = write_config(tmp_path / "tiny.yaml", data, steps=10**6, backend="ray", workers={"min": 2, "max": 3})
+    run = RunDirectory(tmp_path / "run")
+    with ray_cluster(nodes=2) as cluster:
+        env = cluster.env | {"RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": str(START_S)}
+        with Command("train", str(config), "--run-dir", str(run.path), cwd=tmp_path, **env) as command:
+            wait_for_step(run.metrics_file, 3, command)
+            cluster.order("lose")
+            time.sleep(12 * START_S)
+            assert command.process.poll() is None
+            command.kill(signal.SIGINT)
+            assert command.wait() == 130, command.output
+    assert len(run.starts()) == 1

@@ -23,7 +23,7 @@ from imaml_dist.storage.lease import Lease
 from imaml_dist.storage.opening import open_storage
 from imaml_dist.storage.options import StorageOptions
 from imaml_dist.tracking import metrics_file
-from imaml_dist.training import workspace
+from imaml_dist.training import run_directory, workspace
 from imaml_dist.training.remote_run import open_run
 
 
@@ -234,6 +234,18 @@ def test_fresh_that_is_broken_off_can_be_given_again(moto_bucket, data, away):
     assert again.checkpoint_steps() == []
 
 
+def test_fresh_does_not_clear_what_is_still_written_to(moto_bucket, data, monkeypatch):
+    url, options = moto_bucket
+    monkeypatch.setattr(run_directory, "WRITER_WAIT_S", 0.1)
+    config = tiny(data, collective_timeout=1)
+    run = open_run(url, options)
+    run.begin(config)
+    with open_run(url, options).writing(0), pytest.raises(StorageError, match="still written to"):
+        run.begin(config, fresh=True)
+    assert open_storage(url, options).read("config.yaml")
+    run.begin(config, fresh=True)
+
+
 def in_a_group(raw, url, options, folder):
     """One rank, in a folder that no other sees."""
     group = ProcessGroup()
@@ -264,6 +276,16 @@ def test_fresh_starts_over_and_leaves_what_is_not_the_runs(moto_bucket, data, go
     train(tiny(data), f"{url}/a", options, fresh=True)
     assert seen_elsewhere(f"{url}/a", options) == (gold, list(range(6)))
     assert open_storage(url, options).read("b/config.yaml") == b"another's"
+
+
+def test_a_run_that_goes_on_has_no_results_in_storage(moto_bucket, data):
+    url, options = moto_bucket
+    run = open_run(url, options)
+    run.begin(tiny(data))
+    run.write_json(run.summary_file, {})
+    run.share(run.summary_file)
+    run.withdraw_results()
+    assert {name for name, _ in open_storage(url, options).names()} == {"config.yaml"}
 
 
 def test_what_holds_no_run_is_left_alone(moto_bucket, data):

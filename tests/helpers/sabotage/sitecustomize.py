@@ -2,8 +2,8 @@
 
 `SABOTAGE` names a file of JSON: `[[rank, step, place, signal], ...]`, a signal being FLIP and HANG, too.
 Each happens once, in whichever process gets there first.
-A place is a phase of a meta-step, or `commit-N` for the N-th write to disk of a checkpoint of that step or a later one (not every
-one that is due is written).
+A place is a phase of a meta-step, `join` (a group, whose generation stands for the step), or `commit-N` for the N-th write to disk
+of a checkpoint of that step or a later one (not every one that is due is written).
 """
 
 import json
@@ -19,6 +19,7 @@ HANG, FLIP, SLOW = 0, -1, -2
 
 def install(plan_file: Path) -> None:
     import torch
+    from torch.distributed import TCPStore
 
     from imaml_dist.algorithms import learner
     from imaml_dist.data.ahead import Ahead
@@ -35,7 +36,10 @@ def install(plan_file: Path) -> None:
         if not workers:
             return
         worker = workers[-1]
-        here = (worker.group.rank, worker.state.step if step is None else step, place)
+        strike((worker.group.rank, worker.state.step if step is None else step, place), later)
+
+    def strike(here: tuple[int, int, str], later: bool = False) -> None:
+        place = here[2]
         for entry in plan:
             if entry[3] == SLOW and here[0] == entry[0] and place == entry[2]:
                 time.sleep(0.25)
@@ -47,7 +51,7 @@ def install(plan_file: Path) -> None:
                 if entry[3] == HANG:
                     threading.Event().wait()
                 if entry[3] == FLIP:
-                    weight = next(worker.learner.model.parameters()).data.view(-1)
+                    weight = next(workers[-1].learner.model.parameters()).data.view(-1)
                     weight[:1] = (weight[:1].view(torch.int32) ^ 1).view(torch.float32)
                     continue
                 os.kill(os.getpid(), entry[3])
@@ -88,6 +92,16 @@ def install(plan_file: Path) -> None:
     before(Worker, "_agree", "checkpoint", later=True, previous_step=True)
     before(writer.RunWriter, "record", "report", previous_step=True)
     before(checkpoints, "save", "checkpoint", previous_step=True)
+
+    tell = TCPStore.set
+
+    def told(store, key, value):
+        generation, _, rank = key.partition("/here/")
+        if rank:
+            strike((int(rank), int(generation), "join"))
+        return tell(store, key, value)
+
+    TCPStore.set = told
 
     # A checkpoint is written in the background, when the worker has gone on already.
     saving, writes = None, 0

@@ -19,6 +19,7 @@ from imaml_dist.distributed.resumption import resume
 from imaml_dist.distributed.stop import Stop
 from imaml_dist.distributed.worker import Worker
 from imaml_dist.errors import CheckpointError, ConfigError, InputError, TrainingError
+from imaml_dist.tracking import metrics_file
 from imaml_dist.training import checkpoints
 from imaml_dist.training.meta_parameters import MetaParameters
 from imaml_dist.training.outer import learning_rate, make_optimizer
@@ -151,6 +152,17 @@ def test_a_run_begins_with_the_parameters_of_a_run_a_checkpoint_or_a_file(data, 
         assert not worker.state.optimizer.state, "the optimiser begins afresh"
         (start,) = run.starts()
         assert start["warm_start"] == {"path": str(place), "sha256": model_hash(tensors)}
+
+
+def test_a_line_that_a_crash_left_half_written_is_dropped_before_the_run_goes_on(data, tmp_path):
+    """At the very first step, and at that of the newest checkpoint: no whole line is dropped."""
+    for begins, ends in ((0, 2), (2, 4)):
+        config = tiny(data, *ALONE, steps=ends)
+        run = begun(config, tmp_path / "run")
+        with open(run.metrics_file, "a") as file:
+            file.write(f'{{"step": {begins}, "ti')
+        Worker(config, run, Alone()).run_to_end()
+        assert [record["step"] for record in metrics_file.read(run.metrics_file)] == list(range(ends))
 
 
 def test_skipped_layers_keep_the_initial_values_of_the_run(data, tmp_path, source):

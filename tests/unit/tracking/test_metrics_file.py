@@ -23,6 +23,17 @@ def test_half_a_line_is_no_line(tmp_path):
     assert metrics_file.read(tmp_path / "none.jsonl") == []
 
 
+def test_a_rewind_leaves_a_file_alone_that_has_nothing_to_drop(tmp_path):
+    """Whoever follows it would begin afresh."""
+    path = tmp_path / "m.jsonl"
+    metrics_file.rewind(path, 0)
+    assert not path.exists()
+    metrics_file.append(path, {"step": 0, "loss": 0.1, "nan": float("nan")})
+    before = path.stat()
+    metrics_file.rewind(path, 1)
+    assert path.stat() == before
+
+
 def test_follower_sees_every_step_once_through_partial_writes_and_rewinds(tmp_path):
     path = tmp_path / "m.jsonl"
     follower = Follower(path)

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from imaml_dist.config.load import build_config
-from imaml_dist.errors import CheckpointError, ConfigError, InputError
-from imaml_dist.training import checkpoints
+from imaml_dist.errors import CheckpointError, ConfigError, InputError, StorageError
+from imaml_dist.training import checkpoints, run_directory
 from imaml_dist.training.run_directory import RunDirectory
 
 
@@ -24,6 +24,18 @@ def test_an_identical_run_goes_on_and_stale_requests_are_forgotten(tmp_path):
     assert run.metrics_file.read_text() == "kept"
     assert not run.stop_file.exists()
     assert not run.failure_file.exists()
+
+
+def test_a_run_that_goes_on_has_no_results_and_keeps_all_else(tmp_path):
+    run = RunDirectory(tmp_path / "r")
+    run.begin(config())
+    results = (run.summary_file, run.evaluation_file, run.report_file)
+    for file in (*results, run.metrics_file, run.starts_file, run.mlflow_file):
+        file.write_text("{}")
+    run.withdraw_results()
+    run.withdraw_results()
+    assert not any(file.exists() for file in results)
+    assert all(file.exists() for file in (run.config_file, run.metrics_file, run.starts_file, run.mlflow_file))
 
 
 @pytest.mark.parametrize(
@@ -69,6 +81,20 @@ def test_anything_else_is_refused_by_name_and_changes_nothing(tmp_path, override
     run.metrics_file.write_text("old")
     run.begin(config(override), fresh=True)
     assert run.config() == config(override)
+    assert not run.metrics_file.exists()
+
+
+def test_fresh_does_not_clear_what_is_still_written_to(tmp_path, monkeypatch):
+    """What a worker elsewhere wrote afterwards would be taken for the new run's."""
+    monkeypatch.setattr(run_directory, "WRITER_WAIT_S", 0.1)
+    hasty = config("run.collective_timeout=1")
+    run = RunDirectory(tmp_path / "r")
+    run.begin(hasty, fresh=True)
+    run.metrics_file.write_text("old")
+    with run.writing(0), pytest.raises(StorageError, match="still written to by workers of an earlier start"):
+        run.begin(hasty, fresh=True)
+    assert run.metrics_file.read_text() == "old"
+    run.begin(hasty, fresh=True)
     assert not run.metrics_file.exists()
 
 
