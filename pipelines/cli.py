@@ -12,6 +12,7 @@ import typer
 
 from imaml_dist import __version__
 from imaml_dist.errors import InputError, OutsideError
+from imaml_dist.storage.local import local_path
 from pipelines import console
 from pipelines.cli_jobs import jobs_app
 from pipelines.cli_prepare import Anonymous, Endpoint, RetrySeconds, prepare_app, storage_of
@@ -26,14 +27,30 @@ app = typer.Typer(
 app.add_typer(prepare_app, name="prepare")
 app.add_typer(jobs_app, name="jobs")
 
+PAGE = "comparison.html"
+
 Run = Annotated[str, typer.Argument(help="Run directory: a path, file:// or s3:// URL.", show_default=False)]
-Json = Annotated[Path | None, typer.Option("--json", help="Also write the result to this file.")]
+Json = Annotated[str | None, typer.Option("--json", help="Also write the result to this file.")]
 
 
 def _show_version(asked: bool) -> None:
     if asked:
         typer.echo(f"imaml {__version__}")
         raise typer.Exit
+
+
+def _file_to_write(option: str, given: str) -> Path:
+    """The path behind a path or `file://` URL, looked at before anything is computed for it.
+
+    Raises:
+        InputError: another scheme, a folder, or a file in a folder that does not exist.
+    """
+    path = local_path(given)
+    if path.is_dir():
+        raise InputError(f"{option} {given}: is a folder; give the path of a file")
+    if not path.parent.is_dir():
+        raise InputError(f"{option} {given}: there is no folder {path.parent}; make it, or give another path")
+    return path
 
 
 @app.callback()
@@ -89,7 +106,7 @@ def sweep(
             "--set", help="Override a field of the sweep: budget.trials=8, or of its base: base.section.field=value."
         ),
     ] = None,
-    sweep_dir: Annotated[Path | None, typer.Option(help="Where the sweep is kept; runs/<name> if not given.")] = None,
+    sweep_dir: Annotated[str | None, typer.Option(help="Where the sweep is kept; runs/<name> if not given.")] = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Delete an earlier sweep in the same directory and start over.")
     ] = False,
@@ -115,9 +132,10 @@ def evaluate(
         from imaml_dist.tracking.metrics_file import finite
         from pipelines.evaluate import evaluate_run
 
+        target = None if json_file is None else _file_to_write("--json", json_file)
         result = evaluate_run(run, split, tasks, manifest)
-        if json_file is not None:
-            json_file.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
+        if target is not None:
+            target.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -132,9 +150,10 @@ def diagnose(
         from imaml_dist.tracking.metrics_file import finite
         from pipelines.diagnose import diagnose_run
 
+        target = None if json_file is None else _file_to_write("--json", json_file)
         result = diagnose_run(run, split, tasks)
-        if json_file is not None:
-            json_file.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
+        if target is not None:
+            target.write_text(json.dumps(finite(result), indent=1) + "\n", encoding="utf-8")
 
 
 @app.command()
@@ -206,7 +225,7 @@ def freeze_tasks(
 def report(
     runs: Annotated[list[str], typer.Argument(help="Run directory, or several to compare.", show_default=False)],
     out: Annotated[
-        Path | None, typer.Option("--out", help="Page that compares several; comparison.html if not given.")
+        str | None, typer.Option("--out", help="Page that compares several; comparison.html if not given.")
     ] = None,
 ) -> None:
     """Write RUN/report.html, one file with everything worth looking at; of several runs, one page that compares them."""
@@ -217,7 +236,8 @@ def report(
             raise InputError(
                 f"--out {out}: a single run's report is RUN/report.html; leave --out away, or give more runs"
             )
-        page = report_run(runs[0]) if len(runs) == 1 else compare_runs(runs, out or Path("comparison.html"))
+        several = len(runs) > 1
+        page = compare_runs(runs, _file_to_write("--out", out or PAGE)) if several else report_run(runs[0])
         console.out.print(page, soft_wrap=True)
 
 

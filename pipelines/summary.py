@@ -15,7 +15,7 @@ from imaml_dist.distributed.traffic import KEYS
 from imaml_dist.errors import InputError
 from imaml_dist.reporting.cautions import in_short
 from imaml_dist.tracking import metrics_file
-from imaml_dist.tracking.mlflow_run import MlflowRun
+from imaml_dist.tracking.mlflow_run import MlflowRun, registered_as
 from imaml_dist.training.run_directory import RunDirectory
 from imaml_dist.training.state import sha256_of
 from pipelines import console
@@ -106,9 +106,22 @@ def is_finished(config: ExperimentConfig, run: RunDirectory) -> bool:
         trained = summary["meta_steps"] >= config.run.steps or (limit is not None and summary["seconds"] >= limit)
         trained = trained or config.validation.on_plateau(summary["meta_steps"], summary["best_step"])
         whole = trained and summary["tasks_evaluated"] == config.evaluate.tasks
-    except (InputError, KeyError, TypeError):  # no summary, or none that can be read: it will be written again
+        if config.evaluate.tasks:
+            whole = whole and run.read_json(run.evaluation_file)["query"] == config.evaluate.query
+    except (InputError, KeyError, TypeError):  # a file is missing or cannot be read: it will be written again
         return False
     return bool(whole) and run.report_file.is_file()
+
+
+def is_tracked(config: ExperimentConfig, run: RunDirectory) -> bool:
+    """Whether MLflow knows a finished run, and its model, as far as the configuration asks.
+
+    What a server was sent and did not take is for `imaml mlflow-sync`.
+    """
+    if not config.tracking.mlflow:
+        return True
+    known = run.read_json(run.summary_file).get("mlflow") is not None
+    return known and config.tracking.registered in (None, registered_as(run.path))
 
 
 def show_summary(run: RunDirectory) -> None:

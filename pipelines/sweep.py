@@ -6,6 +6,7 @@ import hashlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from imaml_dist.data.frozen import freeze, publish
 from imaml_dist.distributed.build import make_learner, make_source, open_dataset, resolve
 from imaml_dist.distributed.ray_tune import Need, need_of, tune_on_ray
 from imaml_dist.errors import ClusterError, InputError, TrainingError
-from imaml_dist.storage.local import exclusive
+from imaml_dist.storage.local import exclusive, local_path
 from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.feasible import check_feasible, trials_of
 from imaml_dist.sweeps.ledger import Ledger, Trial
@@ -34,13 +35,14 @@ from pipelines.signals import on_signals
 from pipelines.summary import versions
 from pipelines.sweep_table import SweepTable, show_outcome
 from pipelines.sweep_tracking import SweepTracking, server
+from pipelines.train import gpus_elsewhere, here
 
 POLL_S = 0.5
 
 GOES_ON = "the same command goes on with the sweep"
 
 
-def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: bool) -> bool:
+def sweep(path: Path, overrides: Sequence[str], sweep_dir: str | None, fresh: bool) -> bool:
     """Run a sweep as a file says.
 
     Returns:
@@ -57,8 +59,7 @@ def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: b
     dataset = open_dataset(base)
     _check_data(possible, dataset)
     content = freeze(make_source(base, dataset, "val"), asked.config.validation.tasks)
-    native = kernels.usable
-    directory = SweepDirectory(sweep_dir or Path("runs") / asked.config.name)
+    directory = SweepDirectory(local_path(sweep_dir or Path("runs") / asked.config.name))
     directory.check_usable()
     directory.path.mkdir(parents=True, exist_ok=True)
     with exclusive(directory.driver_lock) as held:
@@ -69,10 +70,7 @@ def sweep(path: Path, overrides: Sequence[str], sweep_dir: Path | None, fresh: b
         directory.begin(asked, fresh=fresh)
         publish(str(directory.validation_file), content)
         ledger = Ledger(directory.ledger_file)
-
-        def resolved(config: ExperimentConfig) -> ExperimentConfig:
-            return resolve(config, cuda=torch.cuda.is_available(), native=native)
-
+        resolved = partial(_resolved, native=kernels.usable)
         search = Search(asked, ledger, directory, resolved, trials)
 
         def need() -> Need:
@@ -110,7 +108,12 @@ def _check_data(possible: Sequence[ExperimentConfig], dataset: Dataset) -> None:
         if parts not in seen:
             seen.append(parts)
             make_source(config, dataset, "train")
-            make_learner(resolve(config, cuda=False, native=lambda: False), dataset.index.image_shape)
+            make_learner(here(_resolved(config, lambda: False)), dataset.index.image_shape)
+
+
+def _resolved(config: ExperimentConfig, native: Callable[[], bool]) -> ExperimentConfig:
+    """A trial's configuration as the node has it that it is trained on."""
+    return resolve(config, cuda=torch.cuda.is_available() or gpus_elsewhere(config, trial=True), native=native)
 
 
 def _train(search: Search, need: Need, parent: str) -> bool:

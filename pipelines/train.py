@@ -37,7 +37,7 @@ from pipelines import console, kernels
 from pipelines.background import Background
 from pipelines.profile import show_profile
 from pipelines.signals import on_signals
-from pipelines.summary import is_finished, show_summary, summary
+from pipelines.summary import is_finished, is_tracked, show_summary, summary
 from pipelines.tracking import finish_tracking, mlflow_run
 
 POLL_S = 0.5
@@ -64,7 +64,7 @@ def train(
     sys.path.insert(0, os.getcwd())  # a user's own model factory lies beside their configuration
     asked = load_config(config_path, overrides)
     dataset = open_dataset(asked)  # first, for kernels take long to compile
-    config = resolve(asked, cuda=torch.cuda.is_available() or _gpus_elsewhere(asked), native=kernels.usable)
+    config = resolve(asked, cuda=torch.cuda.is_available() or gpus_elsewhere(asked), native=kernels.usable)
     run = open_run(run_dir or Path("runs") / config.name, storage_options(config))
     _preflight(config, dataset, run, fresh)
     run.check_usable()
@@ -80,8 +80,11 @@ def _train_run(config: ExperimentConfig, run: RunDirectory, dataset: Dataset, fr
     run.begin(config, fresh=fresh)
     if not fresh and is_finished(config, run):
         console.out.print(f"{run.url} is finished; --fresh starts over, a larger run.steps goes on", soft_wrap=True)
+        if not is_tracked(config, run):
+            _close(mlflow_run(config, run, dataset, parent), run, "FINISHED")
         show_summary(run)
         return True
+    run.withdraw_results()
     tracker = mlflow_run(config, run, dataset, parent) if config.tracking.mlflow else None
     if tracker is not None:
         tracker.start()
@@ -114,7 +117,7 @@ def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fr
     make_validation_source(config, dataset)
     if config.evaluate.tasks:
         make_source(config, dataset, "test")
-    learner = make_learner(_here(config), dataset.index.image_shape)
+    learner = make_learner(here(config), dataset.index.image_shape)
     if isinstance(config.model, UserModelConfig) or config.loss != "cross_entropy":
         _try_model(config, learner, make_source(config, dataset, "train"))
     source = config.warm_start
@@ -124,12 +127,17 @@ def _preflight(config: ExperimentConfig, dataset: Dataset, run: RunDirectory, fr
     dataset.close()  # the workers open it for themselves; here only its index is of use
 
 
-def _gpus_elsewhere(config: ExperimentConfig) -> bool:
-    """Whether GPUs are asked of a cluster, whose head, where this command runs, need have none; the session looks whether it has them."""
-    return config.run.device == "cuda" and config.run.backend == "ray" and "RAY_ADDRESS" in os.environ
+def gpus_elsewhere(config: ExperimentConfig, *, trial: bool = False) -> bool:
+    """Whether GPUs are asked of a cluster, whose head, where this command runs, need have none; the session looks whether it has them.
+
+    Args:
+        config: of a run.
+        trial: it is a sweep's, which is a process on the cluster with either backend.
+    """
+    return config.run.device == "cuda" and (trial or config.run.backend == "ray") and "RAY_ADDRESS" in os.environ
 
 
-def _here(config: ExperimentConfig) -> ExperimentConfig:
+def here(config: ExperimentConfig) -> ExperimentConfig:
     """The same on what this machine has."""
     if config.run.device == "cpu" or torch.cuda.is_available():
         return config

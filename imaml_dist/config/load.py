@@ -3,53 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
 from imaml_dist.config.model import UserModelConfig
 from imaml_dist.config.presets import PRESET_FIELDS
 from imaml_dist.config.schema import ExperimentConfig
+from imaml_dist.config.yaml_text import dump_yaml, parse_yaml
 from imaml_dist.errors import ConfigError
 
 _MAX_BYTES = 1 << 20
 
 _SOLVE = ("lbfgs", "newton_cg")
 """Inner solvers that make sense with a proximal term alone."""
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers (`1e-6` is one), no duplicate keys, no aliases."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
-            raise yaml.MarkedYAMLError(problem="aliases are not allowed", problem_mark=mark)
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        if twice := {key for key in keys if keys.count(key) > 1}:
-            raise yaml.MarkedYAMLError(problem=f"key {min(twice)!r} stands twice", problem_mark=node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag not in _NUMBERS]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-# Without YAML 1.1's octal 010 and sexagesimal 1:30, with 1e-6.
-_Loader.add_implicit_resolver("tag:yaml.org,2002:int", re.compile(r"[-+]?(0|[1-9][0-9]*)\Z"), list("-+0123456789"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"([-+]?([0-9]+\.[0-9]*|\.[0-9]+|[0-9]+(?=[eE]))([eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan)\Z"),
-    list("-+.0123456789"),
-)
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> ExperimentConfig:
@@ -89,10 +58,17 @@ def read_mapping(path: Path) -> dict[str, Any]:
 
 def build_config(raw: dict[str, Any], overrides: Sequence[str] = (), where: str = "configuration") -> ExperimentConfig:
     """As `load_config`, from a mapping."""
-    for override in overrides:
-        dotted, value = parse_override(override)
+    return build_with(raw, [parse_override(override) for override in overrides], where)
+
+
+def build_with(raw: dict[str, Any], fields: Sequence[tuple[str, Any]], where: str) -> ExperimentConfig:
+    """As `build_config`, with each override as its dotted field and value; `raw` and the values stay as they are."""
+    overridden = {dotted for dotted, _ in fields}
+    if "algorithm.preset" in overridden:
+        raw = _without_preset_fields(raw)
+    for dotted, value in fields:
         raw = assign(_with_strength_section(raw, dotted), dotted.split("."), value, dotted)
-    _drop_what_no_longer_applies(raw, {o.partition("=")[0] for o in overrides})
+    raw = _without_fields_of_other_kinds(raw, overridden)
     try:
         return ExperimentConfig.model_validate(raw)
     except ValidationError as error:
@@ -125,7 +101,7 @@ def sentences(error: ValidationError, raw: Any, where: str, root: type[BaseModel
 
 def to_yaml(config: ExperimentConfig) -> str:
     """The resolved configuration, every field written out."""
-    return yaml.safe_dump(config.model_dump(by_alias=True), sort_keys=False)
+    return dump_yaml(config.model_dump(by_alias=True))
 
 
 def flatten(config: ExperimentConfig) -> dict[str, Any]:
@@ -139,22 +115,6 @@ def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, below in value.items():
         found |= flat(below, f"{prefix}{key}.") if isinstance(below, dict) else {f"{prefix}{key}": below}
     return found
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """A YAML value, without aliases and duplicate keys, with YAML 1.2's numbers.
-
-    Raises:
-        ConfigError: it is none.
-    """
-    try:
-        return _Loader(text).get_single_data()
-    except (yaml.YAMLError, ValueError, RecursionError, AttributeError, LookupError, TypeError) as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f" line {mark.line + 1}" if mark is not None else ""
-        raise ConfigError(
-            f"{where}{line} is not valid YAML: {getattr(error, 'problem', None) or type(error).__name__}"
-        ) from error
 
 
 def assign(raw: dict[str, Any], path: list[str], value: Any, dotted: str) -> dict[str, Any]:
@@ -185,35 +145,45 @@ def _with_strength_section(raw: dict[str, Any], dotted: str) -> dict[str, Any]:
     return raw
 
 
-def _drop_what_no_longer_applies(raw: dict[str, Any], overridden: set[str]) -> None:
-    """Drop what the file says for another `kind` or `preset` than the one chosen by an override."""
-    if "algorithm.preset" in overridden:
-        for dotted in PRESET_FIELDS:
-            section, _, key = dotted.partition(".")
-            if isinstance(raw.get(section), dict) and not any(o.startswith(dotted) for o in overridden):
-                raw[section] = {name: value for name, value in raw[section].items() if name != key}
+def _without_preset_fields(raw: dict[str, Any]) -> dict[str, Any]:
+    """A copy without what a preset decides."""
+    for dotted in PRESET_FIELDS:
+        section, _, key = dotted.partition(".")
+        if isinstance(raw.get(section), dict):
+            raw = {**raw, section: {name: value for name, value in raw[section].items() if name != key}}
+    return raw
+
+
+def _without_fields_of_other_kinds(raw: dict[str, Any], overridden: set[str]) -> dict[str, Any]:
+    """A copy without what the file says for another `kind` than the one chosen by an override."""
     switched = {dotted.removesuffix(".kind") for dotted in overridden if dotted.endswith(".kind")}
     for path in ("algorithm", "algorithm.inner", "algorithm.solver", "model"):
         outer, _, inner = path.partition(".")
         holder: Any = raw.get(outer) if inner else raw
         fields_given = holder.get(inner or outer) if isinstance(holder, dict) else None
-        if isinstance(fields_given, dict) and any(path == s or path.startswith(s + ".") for s in switched):
+        if isinstance(fields_given, dict) and any(_is_within(path, s) for s in switched):
             fields = _fields_of_kind(path, raw)
             if path == "algorithm.inner" and path in switched:
                 fields = {"kind"}  # another inner solver's rate and steps mean something else
             elif path == "algorithm.inner" and path not in overridden and fields_given.get("kind") in _SOLVE:
                 fields = set()  # another algorithm's inner loop is descent, with numbers of its own
-            given = {name for name in fields_given if any(o.startswith(f"{path}.{name}") for o in overridden)}
-            holder[inner or outer] = {
-                n: v for n, v in fields_given.items() if fields is None or n in fields or n in given
-            }
+            given = {name for name in fields_given if any(_is_within(o, f"{path}.{name}") for o in overridden)}
+            kept = {n: v for n, v in fields_given.items() if fields is None or n in fields or n in given}
+            raw = assign(raw, path.split("."), kept, path)
+    return raw
+
+
+def _is_within(dotted: str, section: str) -> bool:
+    return dotted == section or dotted.startswith(f"{section}.")
 
 
 def _fields_of_kind(path: str, raw: dict[str, Any]) -> set[str] | None:
-    """The fields that a section of the chosen kind has; None where the kind is unknown, or a user's own."""
+    """The fields that a section of the chosen kind has; None where the kind is unknown, a user's own, or has no such section."""
     models: list[type[BaseModel]] = [ExperimentConfig]
     section: Any = raw
     for key in path.split("."):
+        if key not in models[0].model_fields:
+            return None  # it will be refused as a whole
         default = models[0].model_fields[key].default
         section = section.get(key)
         kind = section.get("kind", default.kind) if isinstance(section, dict) else default.kind

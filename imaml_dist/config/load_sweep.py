@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
-from imaml_dist.config.load import assign, build_config, parse_override, read_mapping, sentences
+from imaml_dist.config.load import assign, build_with, parse_override, read_mapping, sentences
 from imaml_dist.config.schema import ExperimentConfig
 from imaml_dist.config.sweep import SpaceOfField, SweepConfig
+from imaml_dist.config.yaml_text import dump_yaml
 from imaml_dist.errors import ConfigError
 
 DECIDED = {
@@ -72,16 +70,15 @@ class Sweep:
         assert isinstance(self.config.base, dict)
         spoken = ", ".join(f"{field}={value}" for field, value in values.items())
         where = f"{self.where} at {spoken}" if values else self.where
-        written = [f"{field}={json.dumps(value, default=str)}" for field, value in fields.items()]
         try:
-            return build_config(copy.deepcopy(self.config.base), written, where)
+            return build_with(self.config.base, list(fields.items()), where)
         except ConfigError as error:
             raise ConfigError(str(error).splitlines()[0]) from error
 
 
 def sweep_yaml(sweep: Sweep) -> str:
     """The resolved sweep, every field written out."""
-    return yaml.safe_dump(sweep.resolved(), sort_keys=False)
+    return dump_yaml(sweep.resolved())
 
 
 def load_sweep(path: Path, overrides: Sequence[str] = ()) -> Sweep:

@@ -37,7 +37,7 @@ def fill_preset(raw: dict[str, Any]) -> dict[str, Any]:
     if not all(isinstance(section, dict) for section in (data, outer, inner, solver)):
         return raw
     way, lam = data.get("way", 5), algorithm.get("lam", 2.0)
-    filled: dict[str, Any] = {"lam": 2.0, **algorithm}
+    filled: dict[str, Any] = {**algorithm, "lam": {"init": 2.0, **lam} if isinstance(lam, dict) else lam}
     if inner.get("kind", "gradient_descent") == "gradient_descent":
         inner = {"lr": 0.1, "steps": 25 if isinstance(way, int) and way >= 20 else 16, **inner}
     if solver.get("kind", "conjugate_gradient") == "conjugate_gradient":

@@ -59,7 +59,7 @@ def learning_curve(records: Sequence[Mapping[str, Any]], way: int, best_step: in
     Args:
         records: lines of metrics.jsonl, in order of step.
         way: N; chance is 1/N.
-        best_step: step of the best checkpoint, marked if given.
+        best_step: meta-steps before the best checkpoint, marked if given.
     """
     figure, axes = new_axes(WIDTH, 3.7, left=0.66, right=0.12, top=0.4)
     steps, accuracy = series(records, "query_accuracy")
@@ -80,13 +80,13 @@ def learning_curve(records: Sequence[Mapping[str, Any]], way: int, best_step: in
         textcoords="offset points", ha="right", color=QUIET,
     )  # fmt: skip
     if best_step is not None:
-        axes.axvline(best_step, color=MARK, lw=0.8, ls=":")
-        if best_step in at:
-            best = points[at == best_step][0]
-            axes.plot(best_step, best, "o", ms=10, mfc="none", mec=MARK, mew=1.3, zorder=5)
-        late = best_step > (steps[0] + steps[-1]) / 2 if len(steps) else False
+        last = best_step - 1  # records count meta-steps from 0
+        axes.axvline(last, color=MARK, lw=0.8, ls=":")
+        for best in points[at == last]:
+            axes.plot(last, best, "o", ms=10, mfc="none", mec=MARK, mew=1.3, zorder=5)
+        late = last > (steps[0] + steps[-1]) / 2 if len(steps) else False
         axes.annotate(
-            f"best checkpoint, step {best_step}", (best_step, 0.06), xycoords=("data", "axes fraction"),
+            f"best checkpoint, step {best_step}", (last, 0.06), xycoords=("data", "axes fraction"),
             xytext=(-5 if late else 5, 22), textcoords="offset points", ha="right" if late else "left", color=MARK,
         )  # fmt: skip
     finish(axes, "query accuracy")

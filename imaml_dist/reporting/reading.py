@@ -149,12 +149,15 @@ def _accuracy(part: dict[str, Any], summarised: list[Any], inductive: Accuracy |
 
 
 def best_step(summary: dict[str, Any] | None, records: list[dict[str, Any]]) -> int | None:
-    """Step of the best checkpoint by validation: as the summary says, before there is one as recorded so far."""
+    """Meta-steps before the best checkpoint by validation, as its folder is named; None where nothing was validated.
+
+    As the summary says, before there is one as recorded so far.
+    """
     best = (summary or {}).get("best_step")
     if isinstance(best, int):
-        return best
+        return best if best >= 0 else None
     steps, values = series(records, "val_accuracy")
-    return int(steps[values.argmax()]) if len(values) else None
+    return int(steps[values.argmax()]) + 1 if len(values) else None
 
 
 def outcome_fractions(records: Records) -> tuple[Floats, Floats]:

@@ -115,7 +115,7 @@ def _verdict(trained: Accuracy | None, untrained: Accuracy | None) -> str:
 
 def _last_validation(records: list[dict[str, Any]]) -> str:
     steps, values = drawing.series(records, "val_accuracy")
-    return f"{percent(float(values[-1]))} at step {int(steps[-1])}" if len(values) else ""
+    return f"{percent(float(values[-1]))} at step {int(steps[-1]) + 1}" if len(values) else ""
 
 
 def _histogram(
@@ -213,7 +213,7 @@ def _facts(
         ("restarts", str(done.get("restarts", "–"))),
         ("excluded tasks", str(excluded)),
         ("skipped steps", str(done.get("skipped_steps", int(drawing.series(records, "step_skipped")[1].sum())))),
-        ("best step", str(done.get("best_step", "–"))),
+        ("best step", str(best_step(summary, records))),
         ("test tasks", str(done.get("tasks_evaluated", "–"))),
         ("params_sha256", str(done.get("params_sha256", "–"))),
         ("data fingerprint", str(part_of(summary, "dataset").get("fingerprint", "–"))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -212,7 +213,7 @@ class MlflowLink:
             return str(found.experiment_id)
         location = None
         if self.uri.startswith("sqlite:"):
-            location = (self._home / "mlartifacts" / name).as_uri()
+            location = (self._home / "mlartifacts" / _as_folder(name)).as_uri()
         return str(self.client.create_experiment(name, artifact_location=location))
 
     def _describe(self, facts: RunFacts) -> None:
@@ -240,13 +241,20 @@ class MlflowLink:
         """What a later start has changed: tags, and under tags the parameters that differ."""
         from mlflow.entities import RunTag
 
-        first = self.client.get_run(self.run_id).data.params
-        changed = {f"now.{key}": value for key, value in _as_params(facts).items() if first.get(key) != value}
+        found = self.client.get_run(self.run_id).data
+        before = {key: found.tags.get(f"now.{key}", first) for key, first in found.params.items()}
+        changed = {f"now.{key}": value for key, value in _as_params(facts).items() if before.get(key) != value}
         tags = [RunTag(key, value[:5000]) for key, value in (dict(facts.tags) | changed).items()]
         for begin in range(0, len(tags), 100):
             self.client.log_batch(self.run_id, tags=tags[begin : begin + 100])
         if facts.parent:
             self.adopt(facts.parent)
+
+
+def _as_folder(name: str) -> str:
+    """An experiment's name as that of one folder; what had to be changed for that ends in a hash, so that no two are the same."""
+    plain = re.sub(r"[^\w. -]", "_", name).lstrip(".")[:80]
+    return plain if plain == name else f"{plain}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def _as_params(facts: RunFacts) -> dict[str, str]:

@@ -49,6 +49,12 @@ def is_told(run: Path) -> bool:
     return bool(MlflowLink(run).recall("told"))
 
 
+def registered_as(run: Path) -> str | None:
+    """Name of the registered model that a run was last made a version of; None if it never was."""
+    name: str | None = MlflowLink(run).recall("registered")
+    return name
+
+
 class MlflowRun:
     """What a run directory tells its MLflow run.
 
@@ -137,6 +143,7 @@ class MlflowRun:
                 from imaml_dist.tracking.mlflow_model import register
 
                 self.registered = register(self._link, model)
+                self._link.remember(registered=model.name)
             self._link.client.set_terminated(self._link.run_id, status=status)
             self._link.remember(told=True)
 

@@ -225,6 +225,32 @@ def test_what_a_resumed_run_changed_becomes_tags(run):
 
 
 @pytest.mark.slow  # a whole run without its server, below, is one of make test
+def test_what_a_later_start_changed_back_is_no_longer_said_to_be_changed(run):
+    import mlflow
+
+    for lam in (0.1, 0.2, 0.1):
+        tracker = MlflowRun(run, run / "metrics.jsonl", replace(FACTS, params={"algorithm.lam": lam}))
+        tracker.close("KILLED")
+        client = mlflow.MlflowClient(tracking_uri=f"sqlite:///{run.parent / 'mlflow.db'}")
+        found = client.get_run(tracker.identity["run_id"]).data
+        assert found.tags.get("now.algorithm.lam", found.params["algorithm.lam"]) == str(lam)
+
+
+def test_whatever_an_experiment_is_called_its_files_lie_beside_the_database(run):
+    names = ["problem", f"{run.parent}/outside", "../x", "..", "a/b", "a_b", "a" * 400]
+    for number, name in enumerate(names):
+        folder = run.parent / str(number)
+        folder.mkdir()
+        (folder / "report.html").write_text("<p>report</p>")
+        MlflowRun(folder, folder / "metrics.jsonl", replace(FACTS, experiment=name)).close(
+            "FINISHED", [folder / "report.html"]
+        )
+    kept = run.parent / "mlartifacts"
+    assert len(list(kept.iterdir())) == len(names) == len(list(kept.glob("*/*/artifacts/report.html")))
+    assert not (run.parent / "outside").exists() and not (run.parent / "x").exists()
+    assert (kept / "problem").is_dir() and (kept / "a_b").is_dir(), "as they are called, where that can be"
+
+
 def test_a_server_that_goes_away_loses_nothing_and_delays_nobody(run, server, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", server.uri)
     metrics = run / "metrics.jsonl"

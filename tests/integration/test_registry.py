@@ -131,6 +131,28 @@ def test_only_a_better_one_of_the_same_problem_becomes_champion(registered, tmp_
     assert str(client_of(registered).get_model_version_by_alias("other", "champion").version) == "4"
 
 
+def test_a_finished_run_is_registered_when_that_is_asked_for_later(data, tmp_path, monkeypatch):
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write_config(tmp_path / "tiny.yaml", data)
+    train, starts = ("train", "tiny.yaml", "--run-dir", "runs/a"), tmp_path / "runs" / "a" / "starts.jsonl"
+    assert imaml_here(*train, cwd=tmp_path)[0] == 0
+    assert not (tmp_path / "runs" / "mlflow.db").exists()
+    for section, says in (
+        ("{mlflow: true}", None),  # all of it becomes an MLflow run
+        ("{register: late}", "late version 1: the first champion"),
+        ("{register: late}", None),
+        ("{register: other}", "other version 1: the first champion"),
+    ):
+        code, output = imaml_here(*train, "--set", f"tracking={section}", cwd=tmp_path)
+        assert code == 0 and "is finished" in output, output
+        assert (says in output) if says else ("version" not in output), output
+    assert len(starts.read_text().splitlines()) == 1
+    summary = json.loads((tmp_path / "runs" / "a" / "summary.json").read_text())
+    found = client_of(tmp_path).get_run(summary["mlflow"]["run_id"])
+    assert found.info.status == "FINISHED" and found.data.metrics["test/accuracy"] == summary["test_accuracy"]
+    assert len(client_of(tmp_path).get_metric_history(found.info.run_id, "meta/loss")) == 6
+
+
 def test_what_cannot_be_compared_is_not_registered(data, tmp_path):
     write_config(tmp_path / "tiny.yaml", data)
     for words, says in (

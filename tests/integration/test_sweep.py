@@ -6,9 +6,11 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from helpers.command import Command, imaml, imaml_here
 from helpers.ray_cluster import ray_cluster
+from helpers.runs import raw_config
 from helpers.sweeps import TRIALS, base, begun, leaderboard, ledger, wait_for, write_sweep
 from mlflow import MlflowClient
 
@@ -17,11 +19,14 @@ from imaml_dist.config.load_sweep import load_sweep
 from imaml_dist.data.frozen import freeze, publish
 from imaml_dist.distributed.build import make_source, open_dataset, resolve
 from imaml_dist.distributed.group import Alone
+from imaml_dist.distributed.ray_tune import need_of
 from imaml_dist.distributed.worker import Worker
+from imaml_dist.errors import ConfigError
 from imaml_dist.sweeps.directory import SweepDirectory
 from imaml_dist.sweeps.drawing import draw
 from imaml_dist.sweeps.search import measured
 from imaml_dist.training.run_directory import RunDirectory
+from pipelines import sweep
 from pipelines.sweep_table import show_outcome
 
 TIMES = ("seconds", "began", "ended", "losses")
@@ -143,6 +148,30 @@ def test_a_space_that_cannot_be_searched_is_one_sentence_before_anything_starts(
     found, output = imaml_here("sweep", str(path), "--sweep-dir", "sweep", "--set", override, cwd=tmp_path)
     assert (found, says in output, len(output.strip().splitlines())) == (code, True, 1), output
     assert not (tmp_path / "sweep").exists()
+
+
+@pytest.mark.parametrize("backend", ["local", "ray"])
+def test_a_head_without_a_gpu_prepares_trials_that_have_some(data, monkeypatch, backend):
+    """A trial is a process of the cluster's, wherever that has room, with either backend."""
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    config = build_config(raw_config(data, backend=backend, device="cuda", precision="tf32"))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(ConfigError, match="no GPU is visible here"):
+        sweep._check_data([config], open_dataset(config))
+    monkeypatch.setenv("RAY_ADDRESS", "tiny-head-svc:6379")
+    sweep._check_data([config], open_dataset(config))
+    assert need_of([sweep._resolved(config, lambda: False)]).each["GPU"] == 1.0
+
+
+def test_a_sweep_directory_is_a_path_or_a_file_url(data, tmp_path, monkeypatch):
+    path, seen = write_sweep(tmp_path, data), []
+    code, output = imaml_here("sweep", str(path), "--sweep-dir", "s3://bucket/s", cwd=tmp_path)
+    assert (code, "scheme 's3' is not supported" in output, len(output.strip().splitlines())) == (2, True, 1), output
+    monkeypatch.setattr(sweep, "_run", lambda search, *_: seen.append(search.directory.path) or True)
+    code, output = imaml_here("sweep", str(path), "--sweep-dir", f"file://{tmp_path}/s", cwd=tmp_path)
+    assert (code, seen) == (0, [tmp_path / "s"]), output
+    assert {entry.name for entry in tmp_path.iterdir()} == {"sweep.yaml", "s"}
 
 
 def test_a_folder_of_something_else_and_another_sweep_are_left_alone(data, tmp_path):

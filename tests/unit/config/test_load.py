@@ -31,6 +31,14 @@ def test_resolved_configuration_reads_back_as_itself(tmp_path):
     assert load_config(path) == c
 
 
+@pytest.mark.parametrize("text", ["1e5", "-2E+3", ".5e3", "010", "1:30", "true", "2020-01-01", "💡"])
+def test_resolved_text_reads_back_as_text(tmp_path, text):
+    path = tmp_path / "c.yaml"
+    c = build_config({"name": "t", "data": {"url": text}, "tracking": {"experiment": text}})
+    path.write_text(to_yaml(c), encoding="utf-8")
+    assert load_config(path) == c
+
+
 def test_configuration_is_frozen():
     with pytest.raises(ValueError, match="frozen"):
         config().run.steps = 3
@@ -55,6 +63,24 @@ def test_one_switch_changes_the_algorithm_but_never_drops_an_override():
     assert (c.algorithm.kind, c.algorithm.inner.steps) == ("fomaml", 7)
     with pytest.raises(ConfigError, match=r"algorithm\.lam: is not a known field"):
         config("algorithm.kind=fomaml", "algorithm.lam=0.2", algorithm=raw)
+
+
+@pytest.mark.parametrize("kind", ["maml", "fomaml", "reptile", "anil", "meta_sgd"])
+def test_a_solver_is_refused_where_an_algorithm_has_none(kind):
+    for override in (
+        "algorithm.solver.max_iterations=3",
+        "algorithm.solver.kind=dual",
+        "algorithm.solver={kind: dual}",
+    ):
+        with pytest.raises(ConfigError, match=r"algorithm\.solver: is not a known field") as caught:
+            config(f"algorithm.kind={kind}", override, algorithm={"kind": "imaml", "lam": 2.0, "solver": {"rtol": 0.1}})
+        assert "\n" not in str(caught.value) and caught.value.exit_code == 2
+
+
+def test_an_override_keeps_no_field_whose_name_only_begins_like_it():
+    with pytest.raises(ConfigError, match=r"algorithm\.lam_offset: is not a known field") as caught:
+        config("algorithm.kind=maml", "algorithm.lam_offset=1.0", algorithm={"kind": "imaml", "lam": 0.3})
+    assert "\n" not in str(caught.value), "the file's lam is dropped, as ever"
 
 
 def test_a_model_of_the_users_own_keeps_its_fields():
@@ -222,10 +248,52 @@ def test_lambda_is_a_number_or_a_section():
 def test_choosing_a_preset_drops_what_the_file_says_in_its_place_but_no_override():
     raw = {"lam": 0.1, "inner": {"lr": 0.2, "steps": 7}, "solver": {"operator": "gauss_newton"}}
     c = config("algorithm.preset=paper", "algorithm.inner.steps=9", algorithm=raw, outer={"lr": 0.5, "warmup": 3})
-    assert (c.algorithm.lam, c.algorithm.solver.operator, c.algorithm.inner.steps) == (2.0, "hessian", 9)
+    assert (c.algorithm.lam, c.algorithm.solver.operator, c.algorithm.inner) == (
+        2.0,
+        "hessian",
+        GradientDescentConfig(lr=0.1, steps=9),
+    )
     assert (c.outer.lr, c.outer.warmup) == (1e-3, 3)
     in_the_file = config(algorithm=raw | {"preset": "paper"})
     assert (in_the_file.algorithm.lam, in_the_file.algorithm.inner.lr) == (0.1, 0.2)
+
+
+@pytest.mark.parametrize(
+    ("preset", "override"),
+    [
+        ("paper", "algorithm.inner.steps=16"),
+        ("paper", "algorithm.solver.max_iterations=5"),
+        ("paper", "algorithm.lam.init=2.0"),
+        ("reference", "algorithm.lam_offset=10.0"),
+        ("reference", "outer.eps=1e-3"),
+    ],
+)
+def test_an_override_of_what_a_preset_says_anyway_changes_nothing(preset, override):
+    """Nothing of the file comes back with it, in either order."""
+    raw = {
+        "lam": 0.003,
+        "inner": {"kind": "lbfgs", "steps": 80, "tolerance": 3e-5},
+        "solver": {"kind": "conjugate_gradient", "max_iterations": 30, "rtol": 3e-4},
+    }
+    alone = config(f"algorithm.preset={preset}", algorithm=raw, outer={"lr": 3e-3, "eps": 1e-5})
+    for overrides in ((f"algorithm.preset={preset}", override), (override, f"algorithm.preset={preset}")):
+        c = config(*overrides, algorithm=raw, outer={"lr": 3e-3, "eps": 1e-5})
+        lam = c.algorithm.lam if isinstance(c.algorithm.lam, float) else c.algorithm.lam.init
+        assert lam == alone.algorithm.lam == 2.0
+        assert (c.algorithm.inner, c.algorithm.solver, c.outer) == (
+            alone.algorithm.inner,
+            alone.algorithm.solver,
+            alone.outer,
+        )
+
+
+def test_a_lambda_of_another_shape_begins_at_the_presets_strength():
+    for c in (
+        config("algorithm.lam.learn=true", algorithm={"preset": "paper"}),
+        config("algorithm.preset=paper", "algorithm.lam={kind: diagonal, learn: true}", algorithm={"lam": 0.3}),
+    ):
+        assert (c.algorithm.lam.init, c.algorithm.lam.learn) == (2.0, True)
+    assert config("algorithm.lam.init=0.5", algorithm={"preset": "paper"}).algorithm.lam.init == 0.5
 
 
 def test_reference_preset_is_the_public_code_in_our_terms():

@@ -71,6 +71,23 @@ def test_what_is_written_down_reads_back_as_the_same_sweep(tmp_path):
     assert again.resolved() == sweep.resolved()
 
 
+def test_text_of_any_characters_reaches_trial_and_file_as_it_is(tmp_path):
+    text = "runs/1e5 💡 \x7f\u2028"
+    sweep = loaded(tmp_path, "base.tracking.experiment='1e5'", set={"warm_start.path": text})
+    trial = sweep.experiment({"algorithm.lam": 0.7}, {})
+    assert (trial.warm_start.path, trial.tracking.experiment) == (text, "1e5")
+    (tmp_path / "again.yaml").write_text(sweep_yaml(sweep), encoding="utf-8")
+    assert load_sweep(tmp_path / "again.yaml").base() == sweep.base()
+
+
+def test_a_section_of_the_space_is_not_changed_by_the_trials(tmp_path):
+    values = [{"kind": "imaml", "lam": 0.1, "inner": {"kind": "lbfgs", "memory": 3}}, {"kind": "fomaml"}]
+    sweep = loaded(tmp_path, space={"algorithm": {"kind": "grid", "values": values}}, budget={})
+    before = str(sweep.config)
+    sweep.experiment({"algorithm": values[0], "algorithm.inner.kind": "adam"}, {})
+    assert str(sweep.config) == before and values[0]["inner"] == {"kind": "lbfgs", "memory": 3}
+
+
 def test_a_baseline_is_found_among_sections_that_are_written_short(tmp_path):
     short = {"kind": "conjugate_gradient", "max_iterations": 2}
     space = {
@@ -97,6 +114,7 @@ def test_a_baseline_has_the_bases_own_values_and_comes_before_the_drawn_ones(tmp
     [
         ({"spase": {}}, [], r"spase: is not a known field; did you mean space\?"),
         ({}, ["budget.trial=3"], r"budget\.trial: is not a known field; did you mean budget\.trials\?"),
+        ({}, ["base.algorithm.kind=maml"], r"algorithm\.(lam|solver): is not a known field"),
         ({}, ["base.run.stepps=3"], r"run\.stepps: is not a known field; did you mean run\.steps\?"),
         (
             {"space": {"algorithm.lamda": LAM}},

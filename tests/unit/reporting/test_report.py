@@ -119,7 +119,7 @@ def _write_run(run: Path, algorithm: str = "imaml", steps: int = 200, name: str 
         "untrained_accuracy": untrained["mean"],
         "untrained_ci95": untrained["ci95"],
         "seconds": 812.4,
-        "best_step": steps - 1,
+        "best_step": 1 + max((r for r in records if "val_accuracy" in r), key=lambda r: r["val_accuracy"])["step"],
         "versions": {"imaml_dist": "1.0.0", "torch": "2.5.1"},
         "environment": {"platform": "Linux", "cpus": 2, "device": "<cpu>"},
         "mlflow": {"uri": "sqlite:///mlflow.db", "run_id": "4c1e"},
@@ -335,7 +335,40 @@ def test_long_curves_are_thinned_by_averaging() -> None:
 def test_a_learning_curve_is_a_plain_figure(tmp_path: Path) -> None:
     generator = np.random.default_rng(0)
     records = [_record(generator, step, 10_000, False) for step in range(10_000)]
-    figure = figures.learning_curve(records, 5, 8999)
+    figure = figures.learning_curve(records, 5, 9000)
     assert all(len(np.asarray(line.get_xdata())) <= drawing.MAX_POINTS for line in figure.axes[0].lines)
     figure.savefig(tmp_path / "curve.png", dpi=60)
     assert (tmp_path / "curve.png").stat().st_size > 1000
+
+
+def test_the_best_checkpoint_is_marked_at_its_own_validation() -> None:
+    """A checkpoint is named by the meta-steps before it, the record of the last of them by a number less."""
+    records = [_record(np.random.default_rng(0), step, 500, False) for step in range(500)]
+    axes = figures.learning_curve(records, 5, 450).axes[0]
+    (ring,) = [line for line in axes.lines if line.get_markersize() == 10]
+    assert (*ring.get_xdata(), *ring.get_ydata()) == (449, records[449]["val_accuracy"])
+    (dotted,) = [line for line in axes.lines if line.get_linestyle() == ":"]
+    assert set(dotted.get_xdata()) == {449}
+    assert "best checkpoint, step 450" in [text.get_text() for text in axes.texts]
+
+
+def test_a_run_that_goes_on_names_its_best_checkpoint_as_a_finished_one_does(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    best = json.loads((run / "summary.json").read_text())["best_step"]
+    assert f"best checkpoint, step {best}<" in _page(run)
+    (run / "summary.json").unlink()
+    text = _page(run)
+    assert f"best checkpoint, step {best}<" in text and "at step 200" in text
+
+
+def test_a_run_without_validation_has_no_best_checkpoint(tmp_path: Path) -> None:
+    run = _write_run(tmp_path / "run")
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    for record in records:
+        record.pop("val_accuracy", None)
+    (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    summary = json.loads((run / "summary.json").read_text())
+    (run / "summary.json").write_text(json.dumps(summary | {"best_step": -1}))
+    text = _page(run)
+    assert "best checkpoint, step" not in text
+    assert re.search(r"best step</th><td>–<", text)
