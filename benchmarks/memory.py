@@ -11,7 +11,8 @@ network can be meta-trained, is told below and in the JSON.
 
 Twice each: with every block of 128 kB and more mapped by itself, so that what is resident is what is in use, whatever the
 allocator; and on glibc's heap as training runs have it, kept for the next tensor, which is faster and breaks up into pieces
-that are resident and of no use, differently in every process. Takes half an hour and 4 GB.
+that are resident and of no use, differently in every process. Takes half an hour to two hours and 4 GB; `make bench` takes
+one process a cell, three numbers of inner steps and the first heap.
 """
 
 import argparse
@@ -90,14 +91,14 @@ def added(name: str, steps: int, cg_steps: int, heap: str) -> list[float]:
     return [found[0], statistics.median(found[1:])]
 
 
-def measure(runs: int, names: list[str], cells: list[tuple[int, int]]) -> list[dict[str, Any]]:
-    """Every method at every number of steps on every heap, each in processes of its own."""
+def measure(runs: int, names: list[str], cells: list[tuple[int, int]], heaps: list[str]) -> list[dict[str, Any]]:
+    """Every method at every number of steps on these heaps, each in processes of its own."""
     rows: list[dict[str, Any]] = [
         {"method": name, "steps": steps, "cg_steps": cg, "heap": heap, "first": [], "runs": []}
         for name in names
         for steps, cg in cells
         if cg == CG_STEPS or "iMAML" in name or "MAML" not in name
-        for heap in HEAPS
+        for heap in heaps
     ]
     for _ in range(runs):
         for row in rows:
@@ -154,6 +155,7 @@ def main() -> None:
     parser.add_argument("--inner", type=int, nargs="+", default=list(INNER))
     parser.add_argument("--cg", type=int, nargs="+", default=list(CG))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="METHOD")
+    parser.add_argument("--heaps", nargs="+", choices=HEAPS, default=list(HEAPS))
     parser.add_argument("--json", type=Path)
     parser.add_argument("--png", type=Path)
     parser.add_argument("--cell", nargs=4, help=argparse.SUPPRESS)
@@ -168,22 +170,22 @@ def main() -> None:
         else:
             names.append(name)
     cells = dict.fromkeys([(steps, CG_STEPS) for steps in options.inner] + [(STEPS, cg) for cg in options.cg])
-    rows = measure(options.runs, names, list(cells))
+    rows = measure(options.runs, names, list(cells), options.heaps)
     found = {
         heap: (
             curves([row for row in rows if row["heap"] == heap], "steps", "cg_steps", CG_STEPS),
             curves([row for row in rows if row["heap"] == heap], "cg_steps", "steps", STEPS),
         )
-        for heap in HEAPS
+        for heap in options.heaps
     }
     for heap, (over_inner, over_cg) in found.items():
         print(f"\nBlocks {heap}")
         table(f"MB over inner steps, {CG_STEPS} of CG", over_inner)
         table(f"MB over CG steps, {STEPS} inner steps", over_cg)
-    inner, cg = found["apart"]
+    inner, cg = found[options.heaps[0]]
     longest = max(options.inner)
     print()
-    for name, curve in found["kept"][0].items():
+    for name, curve in found[options.heaps[-1]][0].items():
         print(
             f"{name}: the first meta-gradient of a process adds {max(row['mb_first'] for row in curve.values()):.0f} MB"
         )
