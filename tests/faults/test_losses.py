@@ -161,6 +161,7 @@ def test_ranks_that_all_hang_at_once_are_replaced(data, gold, tmp_path, sabotage
     assert any("computed one chunk of tasks for" in after and "timeout is 3" in after for after in told), told
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_while_it_joins_the_next_group_costs_the_survivor_nothing(data, gold, tmp_path, sabotage):
     """There is no collective yet in which the survivor could wait for it in vain."""
     sabotage((1, 3, "inner", signal.SIGKILL), (1, 1, "join", HANG))
