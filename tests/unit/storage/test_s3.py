@@ -1,6 +1,7 @@
 """S3 as storage, in what sets it apart from a folder; the rest is in `test_contract`, faults are in `tests/faults`."""
 
 import dataclasses
+import hashlib
 import os
 import pickle
 import threading
@@ -227,3 +228,14 @@ def test_a_server_that_does_not_know_if_match(moto_bucket):
     )
     with pytest.raises(ChangedError, match="changed since it was first looked at"):
         storage.read("a", version=old)
+
+
+def test_what_was_written_is_known_by_its_content_where_the_etag_is_no_md5(moto_bucket, tmp_path):
+    """As where a server encrypts: a write whose answer was lost is looked for."""
+    url, options = moto_bucket
+    bucket, other = open_storage(f"{url}/x", options), hashlib.md5(b"no content's").digest()
+    bucket.write("a", b"12345")
+    (tmp_path / "a").write_bytes(b"12345")
+    found = bucket.stat("a")
+    assert bucket._holds("a", found, b"12345", other) and bucket._holds("a", found, tmp_path / "a", other)
+    assert not bucket._holds("a", found, b"12346", other) and not bucket._holds("a", found, b"1234", other)
