@@ -114,25 +114,38 @@ struct Patches {
   }
 };
 
-// A kernel [o, c, taps] with its outputs last, [taps, c, padded o].
+// Where the values [c, taps] of a kernel lie among [taps, c].
+inline std::vector<int64_t> taps_first(const Shape& s) {
+  std::vector<int64_t> rows;
+  for (int64_t c = 0; c < s.c; ++c)
+    for (int64_t tap = 0; tap < s.taps(); ++tap) rows.push_back(tap * s.c + c);
+  return rows;
+}
+
+// A kernel [o, c, taps] with its outputs last, [taps c, padded o], at rows as above.
 template <typename T>
-void outputs_last(const Shape& s, const T* k, T* out) {
-  const int64_t width = padded<T>(s.o);
-  transpose<T>(s.o, s.patch(), [&](int64_t o) { return k + o * s.patch(); },
-               [&](int64_t q) { return out + (q % s.taps() * s.c + q / s.taps()) * width; });
+void outputs_last(const Shape& s, const std::vector<int64_t>& rows, const T* k, Panels<T>& out) {
+  for (int64_t first = 0; first < s.o; first += PANEL<T>)
+    transpose<T>(
+        std::min(PANEL<T>, s.o - first), s.patch(), [k = k + first * s.patch(), n = s.patch()](int64_t o) { return k + o * n; },
+        [at = rows.data(), to = out.at(0, first), n = out.columns(first)](int64_t q) { return to + at[q] * n; });
 }
 template <typename T>
-void outputs_first(const Shape& s, const T* from, T* k) {
-  const int64_t width = padded<T>(s.o);
-  transpose<T>(s.patch(), s.o, [&](int64_t q) { return from + (q % s.taps() * s.c + q / s.taps()) * width; },
-               [&](int64_t o) { return k + o * s.patch(); });
+void outputs_first(const Shape& s, const std::vector<int64_t>& rows, Panels<T>& from, T* k) {
+  for (int64_t first = 0; first < s.o; first += PANEL<T>)
+    transpose<T>(
+        s.patch(), std::min(PANEL<T>, s.o - first),
+        [at = rows.data(), of = from.at(0, first), n = from.columns(first)](int64_t q) { return of + at[q] * n; },
+        [k = k + first * s.patch(), n = s.patch()](int64_t o) { return k + o * n; });
 }
-// Of one with its outputs last that with its inputs last, [taps, o, padded c].
+// With its inputs last, [taps o, padded c].
 template <typename T>
-void inputs_last(const Shape& s, const T* from, T* out) {
-  const int64_t wide = padded<T>(s.o), width = padded<T>(s.c);
-  for (int64_t tap = 0; tap < s.taps(); ++tap, from += s.c * wide, out += s.o * width)
-    transpose<T>(s.c, s.o, [&](int64_t c) { return from + c * wide; }, [&](int64_t o) { return out + o * width; });
+void inputs_last(const Shape& s, const T* k, Panels<T>& out) {
+  for (int64_t o = 0; o < s.o; ++o, k += s.patch())
+    for (int64_t first = 0; first < s.c; first += PANEL<T>)
+      transpose<T>(
+          std::min(PANEL<T>, s.c - first), s.taps(), [k = k + first * s.taps(), n = s.taps()](int64_t c) { return k + c * n; },
+          [to = out.at(o, first), n = s.o * out.columns(first)](int64_t tap) { return to + tap * n; });
 }
 
 // Floating point operations of all contractions so far, an addition and a multiplication as two.
@@ -148,22 +161,24 @@ Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<T
   const Tensor x = channels_last(x_), k = rows_apart(k_), bias = bias_ ? rows_apart(*bias_) : Tensor();
   Tensor y = empty_images(s.tasks, s.n, s.o, s.oh, s.ow, x);
   const Gather places = places_under_kernel(s);
+  const std::vector<int64_t> rows = taps_first(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_output", [&] {
     over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
-      Buffer<scalar_t> matrix(s.patch() * padded<scalar_t>(s.o)), start(padded<scalar_t>(s.o));
+      Panels<scalar_t> matrix(s.patch(), padded<scalar_t>(s.o));
+      Buffer<scalar_t> start(padded<scalar_t>(s.o));
       Patches<scalar_t> small(s, places);
       for (int64_t t = begin; t < end; ++t) {
-        outputs_last(s, k.const_data_ptr<scalar_t>() + t * k.stride(0), matrix.data());
+        outputs_last(s, rows, k.const_data_ptr<scalar_t>() + t * k.stride(0), matrix);
         if (bias.defined()) std::copy_n(bias.const_data_ptr<scalar_t>() + t * bias.stride(0), s.o, start.data());
         const scalar_t *image = x.const_data_ptr<scalar_t>() + t * s.n * s.image(), *from = bias.defined() ? start.data() : nullptr;
         scalar_t* out = y.data_ptr<scalar_t>() + t * s.n * s.outputs();
         if (!s.small()) {
-          gathered_product(places, s.n, image, s.image(), s.c, matrix.data(), from, out, s.outputs(), s.o);
+          gathered_product(places, s.n, image, s.image(), s.c, matrix, from, out, s.outputs(), s.o);
           continue;
         }
         for (int64_t m = 0; m < s.n; m += s.block()) {
           const int64_t images = std::min(s.block(), s.n - m);
-          gathered_product(small.rows, images, small.of(image + m * s.image(), images), small.size(), s.patch(), matrix.data(),
+          gathered_product(small.rows, images, small.of(image + m * s.image(), images), small.size(), s.patch(), matrix,
                            from, out + m * s.outputs(), s.outputs(), s.o);
         }
       }
@@ -180,13 +195,12 @@ Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, 
   const std::vector<Gather> all = places_over_input(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_input", [&] {
     over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
-      Buffer<scalar_t> turned(s.patch() * padded<scalar_t>(s.o)), matrix(s.taps() * s.o * padded<scalar_t>(s.c));
+      Panels<scalar_t> matrix(s.taps() * s.o, padded<scalar_t>(s.c));
       for (int64_t t = begin; t < end; ++t) {
-        outputs_last(s, k.const_data_ptr<scalar_t>() + t * k.stride(0), turned.data());
-        inputs_last(s, turned.data(), matrix.data());
+        inputs_last(s, k.const_data_ptr<scalar_t>() + t * k.stride(0), matrix);
         for (const Gather& places : all)
           gathered_product<scalar_t>(places, s.n, g.const_data_ptr<scalar_t>() + t * s.n * s.outputs(), s.outputs(), s.o,
-                                     matrix.data(), nullptr, x.data_ptr<scalar_t>() + t * s.n * s.image(), s.image(), s.c);
+                                     matrix, nullptr, x.data_ptr<scalar_t>() + t * s.n * s.image(), s.image(), s.c);
       }
     });
   });
@@ -199,23 +213,24 @@ Tensor contract_kernel(const Tensor& x_, const Tensor& g_, int64_t kh, int64_t k
   const Tensor x = channels_last(x_);
   Tensor k = at::empty({s.tasks, s.o, s.c, kh, kw}, x.options());
   const Gather places = places_under_kernel(s);
+  const std::vector<int64_t> rows = taps_first(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_kernel", [&] {
     const int64_t width = padded<scalar_t>(s.o);
     const Tensor images = channels_last(g_), g = width == s.o ? images : at::constant_pad_nd(images, {0, width - s.o});
     over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
-      Buffer<scalar_t> matrix(s.patch() * width);
+      Panels<scalar_t> matrix(s.patch(), width);
       Patches<scalar_t> small(s, places);
       for (int64_t t = begin; t < end; ++t) {
-        std::fill_n(matrix.data(), matrix.size, scalar_t(0));
+        std::fill_n(matrix.memory.data(), matrix.memory.size, scalar_t(0));
         const scalar_t *image = x.const_data_ptr<scalar_t>() + t * s.n * s.image(),
                        *in = g.const_data_ptr<scalar_t>() + t * s.n * s.positions() * width;
-        if (!s.small()) gathered_outer(places, s.n, image, s.image(), s.c, in, matrix.data(), s.o);
+        if (!s.small()) gathered_outer(places, s.n, image, s.image(), s.c, in, matrix, s.o);
         for (int64_t m = 0; s.small() && m < s.n; m += s.block()) {
           const int64_t images = std::min(s.block(), s.n - m);
           gathered_outer(small.rows, images, small.of(image + m * s.image(), images), small.size(), s.patch(),
-                         in + m * s.positions() * width, matrix.data(), s.o);
+                         in + m * s.positions() * width, matrix, s.o);
         }
-        outputs_first(s, matrix.data(), k.data_ptr<scalar_t>() + t * s.kernel());
+        outputs_first(s, rows, matrix, k.data_ptr<scalar_t>() + t * s.kernel());
       }
     });
   });

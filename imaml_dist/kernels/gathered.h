@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "registers.h"
+#include "tensors.h"
 
 namespace imaml {
 
@@ -27,6 +28,20 @@ template <typename T>
 int64_t padded(int64_t width) {
   return (width + LANES<T> - 1) / LANES<T> * LANES<T>;
 }
+
+// A matrix [rows, width] in panels of PANEL columns, the last of those that are left, each with its rows one behind the other: what a
+// tile multiplies with comes in one stream. `width` is a multiple of LANES.
+template <typename T>
+constexpr int64_t PANEL = DEEP * LANES<T>;
+template <typename T>
+struct Panels {
+  int64_t rows, width;
+  Buffer<T> memory;
+  Panels(int64_t rows, int64_t width) : rows(rows), width(width), memory(rows * width) {}
+  int64_t columns(int64_t first) const { return std::min(PANEL<T>, width - first); }
+  // Where row `row` of the panel begins whose first column is `first`.
+  T* at(int64_t row, int64_t first) { return memory.data() + first * rows + row * columns(first); }
+};
 
 // Products below which a second thread costs more than it brings.
 constexpr int64_t WORTH_A_THREAD = 1 << 18;
@@ -47,11 +62,11 @@ struct Gather {
   int64_t entries() const { return taps.size(); }
 };
 
-// to[R] = start + sum over entries and depth of in[entry, R][depth] matrix[entry][depth, width], in N registers of which
-// `channels` values are wanted.
+// to[R] = start + sum over entries and depth of in[entry, R][depth] panel[entry][depth, N registers], of which `channels` values are
+// wanted.
 template <int R, int N, typename T>
-void gathered_tile(const Gather& g, int64_t depth, const T* const* in, const T* matrix, int64_t width, const T* start,
-                   T* const* to, int64_t channels) {
+void gathered_tile(const Gather& g, int64_t depth, const T* const* in, const T* panel, const T* start, T* const* to,
+                   int64_t channels) {
   using V = Register<T>;
   V sum[R][N];
   for (int n = 0; n < N; ++n) {
@@ -61,8 +76,8 @@ void gathered_tile(const Gather& g, int64_t depth, const T* const* in, const T* 
   for (int64_t e = 0; e < g.entries(); ++e, in += R) {
     const T* at[R];
     for (int r = 0; r < R; ++r) at[r] = in[r];
-    const T* m = matrix + g.taps[e] * depth * width;
-    for (int64_t j = 0; j < depth; ++j, m += width) {
+    const T* m = panel + g.taps[e] * depth * N * LANES<T>;
+    for (int64_t j = 0; j < depth; ++j, m += N * LANES<T>) {
       V factor[N];
       for (int n = 0; n < N; ++n) factor[n] = load<V>(m + n * LANES<T>);
 #pragma GCC unroll 8
@@ -84,13 +99,12 @@ void gathered_tile(const Gather& g, int64_t depth, const T* const* in, const T* 
     }
 }
 
-// out [images, size_out], at the gathered rows `channels` values each, from in [images, size_in], matrix [taps, depth, padded
+// out [images, size_out], at the gathered rows `channels` values each, from in [images, size_in], matrix [taps depth, padded
 // channels] and start [padded channels], which may be null. Threads that have nothing else to do share the tiles, which are the
 // same for any number of them.
 template <typename T>
-void gathered_product(const Gather& g, int64_t images, const T* in, int64_t size_in, int64_t depth, const T* matrix,
+void gathered_product(const Gather& g, int64_t images, const T* in, int64_t size_in, int64_t depth, Panels<T>& matrix,
                       const T* start, T* out, int64_t size_out, int64_t channels) {
-  using V = Register<T>;
   const int64_t width = padded<T>(channels), rows = images * g.rows(), registers = width / LANES<T>;
   const int64_t grain = WORTH_A_THREAD / (TALL * g.entries() * depth * width + 1) + 1;
   const std::vector<T> zeros(depth);
@@ -114,22 +128,22 @@ void gathered_product(const Gather& g, int64_t images, const T* in, int64_t size
         const T* bias = start ? start + channel : nullptr;
         with_constant<TALL>(tall, [&](auto R) {
           with_constant<DEEP>(std::min<int64_t>(DEEP, registers - n), [&](auto N) {
-            gathered_tile<R.value, N.value, T>(g, depth, from.data(), matrix + channel, width, bias, to, channels - channel);
+            gathered_tile<R.value, N.value, T>(g, depth, from.data(), matrix.at(0, channel), bias, to, channels - channel);
           });
         });
-        for (int64_t r = 0; r < tall; ++r) to[r] += DEEP * LANES<T>;
+        for (int64_t r = 0; r < tall; ++r) to[r] += PANEL<T>;
       }
     }
   });
 }
 
-// matrix [J, width] of N registers += sum over rows i of in[xs[i]][J] g[gs[i]][N registers].
+// panel [J, N registers] += sum over rows i of in[xs[i]][J] g[gs[i]][N registers].
 template <int J, int N, typename T>
-void outer_tile(int64_t rows, const int64_t* xs, const T* x, const int64_t* gs, const T* g, T* matrix, int64_t width) {
+void outer_tile(int64_t rows, const int64_t* xs, const T* x, const int64_t* gs, const T* g, T* panel) {
   using V = Register<T>;
   V sum[J][N];
   for (int j = 0; j < J; ++j)
-    for (int n = 0; n < N; ++n) sum[j][n] = load<V>(matrix + j * width + n * LANES<T>);
+    for (int n = 0; n < N; ++n) sum[j][n] = load<V>(panel + (j * N + n) * LANES<T>);
   for (int64_t i = 0; i < rows; ++i) {
     const T *xi = x + xs[i], *gi = g + gs[i];
     V factor[N];
@@ -142,15 +156,15 @@ void outer_tile(int64_t rows, const int64_t* xs, const T* x, const int64_t* gs, 
     }
   }
   for (int j = 0; j < J; ++j)
-    for (int n = 0; n < N; ++n) store(matrix + j * width + n * LANES<T>, sum[j][n]);
+    for (int n = 0; n < N; ++n) store(panel + (j * N + n) * LANES<T>, sum[j][n]);
 }
 
-// The transpose: matrix [taps, depth, padded channels] += sum over images and rows of the values that a row gathers, times the
+// The transpose: matrix [taps depth, padded channels] += sum over images and rows of the values that a row gathers, times the
 // `channels` values of y [images, rows, padded channels]. Threads share the tiles of the matrix; each sums over all rows in order.
 template <typename T>
-void gathered_outer(const Gather& g, int64_t images, const T* x, int64_t size_x, int64_t depth, const T* y, T* matrix,
-                    int64_t channels) {
-  constexpr int64_t block = 512;
+void gathered_outer(const Gather& g, int64_t images, const T* x, int64_t size_x, int64_t depth, const T* y,
+                    Panels<T>& matrix, int64_t channels) {
+  constexpr int64_t block = 128;
   const int64_t width = padded<T>(channels), rows = images * g.rows(), registers = width / LANES<T>;
   const int64_t tiles = (depth + TALL - 1) / TALL, grain = WORTH_A_THREAD / (rows * TALL * width + 1) + 1;
   at::parallel_for(0, g.entries() * tiles, grain, [&](int64_t begin, int64_t end) {
@@ -166,14 +180,14 @@ void gathered_outer(const Gather& g, int64_t images, const T* x, int64_t size_x,
           count += place >= 0;
           if (++row == g.rows()) row = 0, away += size_x;
         }
-        T* m = matrix + g.taps[e] * depth * width;
         const int64_t from = std::max<int64_t>(0, begin - e * tiles), to = std::min(tiles, end - e * tiles);
         for (int64_t n = 0; n < registers; n += DEEP)
           for (int64_t j = from * TALL; j < std::min(to * TALL, depth); j += TALL)
             with_constant<TALL>(std::min<int64_t>(TALL, depth - j), [&](auto J) {
               with_constant<DEEP>(std::min<int64_t>(DEEP, registers - n), [&](auto N) {
-                outer_tile<J.value, N.value, T>(count, xs.data(), x + image * size_x + j, ys.data(),
-                                                y + first * width + n * LANES<T>, m + j * width + n * LANES<T>, width);
+                const int64_t channel = n * LANES<T>;
+                outer_tile<J.value, N.value, T>(count, xs.data(), x + image * size_x + j, ys.data(), y + first * width + channel,
+                                                matrix.at(g.taps[e] * depth + j, channel));
               });
             });
       }

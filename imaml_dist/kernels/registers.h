@@ -23,27 +23,6 @@ typedef double Doubles __attribute__((vector_size(IMAML_REGISTER)));
 template <typename T>
 using Register = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
 
-// N registers that are treated as one, so that a pass over rows reads longer pieces of memory.
-template <typename T, int N>
-struct Wide {
-  Register<T> r[N];
-};
-#define IMAML_EACH(op)                                                      \
-  template <typename T, int N>                                              \
-  inline Wide<T, N> operator op(const Wide<T, N>& a, const Wide<T, N>& b) { \
-    Wide<T, N> c;                                                           \
-    for (int i = 0; i < N; ++i) c.r[i] = a.r[i] op b.r[i];                  \
-    return c;                                                               \
-  }                                                                         \
-  template <typename T, int N>                                              \
-  inline void operator op##=(Wide<T, N>& a, const Wide<T, N>& b) {          \
-    a = a op b;                                                             \
-  }
-IMAML_EACH(+)
-IMAML_EACH(-)
-IMAML_EACH(*)
-#undef IMAML_EACH
-
 template <typename V, typename T>
 V load(const T* from) {
   V value;
@@ -55,6 +34,45 @@ void store(T* to, const V& value) {
   std::memcpy(to, &value, sizeof(V));
 }
 
+// f(0), ..., f(N - 1), of numbers that the compiler knows: a loop may leave it with registers that it keeps in memory.
+template <int N, typename F>
+[[gnu::always_inline]] inline void unrolled(const F& f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) { (f(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, N>());
+}
+
+// N registers that are treated as one, so that a pass over rows reads longer pieces of memory.
+template <typename T, int N>
+struct Wide {
+  Register<T> r[N];
+};
+#define IMAML_EACH(op)                                                             \
+  template <typename T, int N>                                                     \
+  inline Wide<T, N> operator op(const Wide<T, N>& a, const Wide<T, N>& b) {        \
+    Wide<T, N> c;                                                                  \
+    unrolled<N>([&](auto i) { c.r[i] = a.r[i] op b.r[i]; });                       \
+    return c;                                                                      \
+  }                                                                                \
+  template <typename T, int N>                                                     \
+  inline void operator op##=(Wide<T, N>& a, const Wide<T, N>& b) {                 \
+    a = a op b;                                                                    \
+  }
+IMAML_EACH(+)
+IMAML_EACH(-)
+IMAML_EACH(*)
+#undef IMAML_EACH
+
+template <typename V, typename T>
+  requires requires { V::r; }
+V load(const T* from) {
+  V value;
+  unrolled<sizeof(value) / sizeof(value.r[0])>([&](auto i) { value.r[i] = load<Register<T>>(from + i * (sizeof(value.r[0]) / sizeof(T))); });
+  return value;
+}
+template <typename T, int N>
+void store(T* to, const Wide<T, N>& value) {
+  unrolled<N>([&](auto i) { store(to + i * (sizeof(value.r[0]) / sizeof(T)), value.r[i]); });
+}
+
 // g where y is positive or nan, zero elsewhere.
 template <typename V>
 V where_positive(const V& g, const V& y) {
@@ -63,7 +81,7 @@ V where_positive(const V& g, const V& y) {
 template <typename T, int N>
 Wide<T, N> where_positive(const Wide<T, N>& g, const Wide<T, N>& y) {
   Wide<T, N> c;
-  for (int i = 0; i < N; ++i) c.r[i] = where_positive(g.r[i], y.r[i]);
+  unrolled<N>([&](auto i) { c.r[i] = where_positive(g.r[i], y.r[i]); });
   return c;
 }
 
@@ -93,29 +111,37 @@ V interleaved(const V& a, const V& b, std::index_sequence<i...>) {
 #endif
 }
 
-// to(j)[i] = from(i)[j] for i < rows, j < columns; from(i) and to(j) are where rows begin.
+// to(j)[i] = from(i)[j] for i < rows, j < columns; from(i) and to(j) are where rows begin. The shorter side is gone through in the
+// inner loop, so that a line of the cache is done with before others take its place.
 template <typename T, typename From, typename To>
 void transpose(int64_t rows, int64_t columns, const From& from, const To& to) {
   using V = Register<T>;
   constexpr int64_t lanes = sizeof(V) / sizeof(T);
   constexpr auto each = std::make_index_sequence<lanes>();
   const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
-  for (int64_t i = 0; i < whole_rows; i += lanes)
-    for (int64_t j = 0; j < whole_columns; j += lanes) {
-      V a[lanes], b[lanes];
-      for (int64_t r = 0; r < lanes; ++r) a[r] = load<V>(from(i + r) + j);
+  const auto square = [&](int64_t i, int64_t j) {
+    V a[lanes], b[lanes];
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < lanes; ++r) a[r] = load<V>(from(i + r) + j);
 #pragma GCC unroll 8
-      for (int64_t stage = 1; stage < lanes; stage *= 2) {  // each is one riffle of the cards
+    for (int64_t stage = 1; stage < lanes; stage *= 2) {  // each is one riffle of the cards
 #pragma GCC unroll 16
-        for (int64_t r = 0; r < lanes / 2; ++r) {
-          b[2 * r] = interleaved<false>(a[r], a[r + lanes / 2], each);
-          b[2 * r + 1] = interleaved<true>(a[r], a[r + lanes / 2], each);
-        }
-#pragma GCC unroll 16
-        for (int64_t r = 0; r < lanes; ++r) a[r] = b[r];
+      for (int64_t r = 0; r < lanes / 2; ++r) {
+        b[2 * r] = interleaved<false>(a[r], a[r + lanes / 2], each);
+        b[2 * r + 1] = interleaved<true>(a[r], a[r + lanes / 2], each);
       }
-      for (int64_t r = 0; r < lanes; ++r) store(to(j + r) + i, a[r]);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < lanes; ++r) a[r] = b[r];
     }
+#pragma GCC unroll 16
+    for (int64_t r = 0; r < lanes; ++r) store(to(j + r) + i, a[r]);
+  };
+  if (rows < columns)
+    for (int64_t j = 0; j < whole_columns; j += lanes)
+      for (int64_t i = 0; i < whole_rows; i += lanes) square(i, j);
+  else
+    for (int64_t i = 0; i < whole_rows; i += lanes)
+      for (int64_t j = 0; j < whole_columns; j += lanes) square(i, j);
   for (int64_t j = 0; j < columns; ++j) {
     T* out = to(j);
     for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[i] = from(i)[j];

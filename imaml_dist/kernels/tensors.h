@@ -31,8 +31,10 @@ template <typename T>
 struct Buffer {
   int64_t size;
   Tensor memory;
-  explicit Buffer(int64_t size) : size(size), memory(at::zeros({size}, c10::CppTypeToScalarType<T>::value)) {}
-  T* data() { return memory.data_ptr<T>(); }
+  T* values;
+  explicit Buffer(int64_t size)
+      : size(size), memory(at::zeros({size}, c10::CppTypeToScalarType<T>::value)), values(memory.data_ptr<T>()) {}
+  T* data() { return values; }
 };
 
 }  // namespace imaml
