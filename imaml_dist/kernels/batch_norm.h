@@ -40,7 +40,7 @@ struct NormBackward : Function<NormBackward<A>> {
     ctx->save_for_backward({g, x, gamma, beta, mean, r});
     ctx->saved_data["sharpness"] = sharpness;
     const Tensor rows = rows_of(x);
-    const Affine affine{gamma.contiguous(), beta.contiguous(), mean, r};
+    const Affine affine{rows_apart(gamma), rows_apart(beta), mean, r};
     auto [dx, dgamma, dbeta] = derivative(shape_of_rows(rows), activation<A>(sharpness), rows_of(g), rows, affine);
     return {images_of(dx, x), dgamma, dbeta};
   }
@@ -49,10 +49,10 @@ struct NormBackward : Function<NormBackward<A>> {
                 "this batch normalisation has no third derivative; use execution vmap or loop");
     const auto saved = ctx->get_saved_variables();
     const Tensor &g = saved[0], &x = saved[1], rows = rows_of(x);
-    const Affine affine{saved[2].contiguous(), saved[3].contiguous(), saved[4], saved[5]};
+    const Affine affine{rows_apart(saved[2]), rows_apart(saved[3]), saved[4], saved[5]};
     auto [dg, dx, dgamma, dbeta] = second_derivative(
         shape_of_rows(rows), activation<A>(ctx->saved_data["sharpness"].toDouble()), rows_of(grads[0]),
-        grads[1].contiguous(), grads[2].contiguous(), rows_of(g), rows, affine);
+        rows_apart(grads[1]), rows_apart(grads[2]), rows_of(g), rows, affine);
     return {images_of(dg, x), images_of(dx, x), dgamma, dbeta, Tensor(), Tensor(), Tensor()};
   }
 };
@@ -67,7 +67,7 @@ struct Norm : Function<Norm<A>> {
     ctx->save_for_backward({x, gamma, beta, mean, r});
     ctx->saved_data["sharpness"] = sharpness;
     const Tensor y = empty_images(x.size(0), x.size(1), x.size(2), x.size(3), x.size(4), x);
-    return normalised(s, activation<A>(sharpness), rows, {gamma.contiguous(), beta.contiguous(), mean, r}, y);
+    return normalised(s, activation<A>(sharpness), rows, {rows_apart(gamma), rows_apart(beta), mean, r}, y);
   }
   static tensor_list backward(AutogradContext* ctx, const tensor_list& grads) {
     const auto saved = ctx->get_saved_variables();

@@ -40,9 +40,6 @@ Shape shape_of(const Tensor& x, at::IntArrayRef kernel, int64_t stride, int64_t 
   return s;
 }
 
-// Tensors whose tasks are contiguous each, but may lie apart, as the parts of a vector of parameters do.
-Tensor rows_apart(const Tensor& x) { return x.size(0) == 0 || x[0].is_contiguous() ? x : x.contiguous(); }
-
 // For every place of the output the places that the kernel lies on: what the value and the kernel's derivative gather.
 inline Gather places_under_kernel(const Shape& s) {
   Gather g;
@@ -164,7 +161,7 @@ Tensor contract_output(const Tensor& x_, const Tensor& k_, const std::optional<T
   const std::vector<int64_t> rows = taps_first(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_output", [&] {
     over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
-      Panels<scalar_t> matrix(s.patch(), padded<scalar_t>(s.o));
+      Panels<scalar_t> matrix(s.patch(), s.o);
       Buffer<scalar_t> start(padded<scalar_t>(s.o));
       Patches<scalar_t> small(s, places);
       for (int64_t t = begin; t < end; ++t) {
@@ -195,7 +192,7 @@ Tensor contract_input(const Tensor& g_, const Tensor& k_, int64_t h, int64_t w, 
   const std::vector<Gather> all = places_over_input(s);
   AT_DISPATCH_FLOATING_TYPES(x.scalar_type(), "contract_input", [&] {
     over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
-      Panels<scalar_t> matrix(s.taps() * s.o, padded<scalar_t>(s.c));
+      Panels<scalar_t> matrix(s.taps() * s.o, s.c);
       for (int64_t t = begin; t < end; ++t) {
         inputs_last(s, k.const_data_ptr<scalar_t>() + t * k.stride(0), matrix);
         for (const Gather& places : all)
@@ -218,7 +215,7 @@ Tensor contract_kernel(const Tensor& x_, const Tensor& g_, int64_t kh, int64_t k
     const int64_t width = padded<scalar_t>(s.o);
     const Tensor images = channels_last(g_), g = width == s.o ? images : at::constant_pad_nd(images, {0, width - s.o});
     over_tasks(s.tasks, [&](int64_t begin, int64_t end) {
-      Panels<scalar_t> matrix(s.patch(), width);
+      Panels<scalar_t> matrix(s.patch(), s.o);
       Patches<scalar_t> small(s, places);
       for (int64_t t = begin; t < end; ++t) {
         std::fill_n(matrix.memory.data(), matrix.memory.size, scalar_t(0));

@@ -29,15 +29,16 @@ int64_t padded(int64_t width) {
   return (width + LANES<T> - 1) / LANES<T> * LANES<T>;
 }
 
-// A matrix [rows, width] in panels of PANEL columns, the last of those that are left, each with its rows one behind the other: what a
-// tile multiplies with comes in one stream. `width` is a multiple of LANES.
+// A matrix [rows, padded channels] in panels of PANEL columns, the last of those that are left, each with its rows one behind the
+// other: what a tile multiplies with comes in one stream. What pads it is zero at first, its other values are anything.
 template <typename T>
 constexpr int64_t PANEL = DEEP * LANES<T>;
 template <typename T>
 struct Panels {
   int64_t rows, width;
   Buffer<T> memory;
-  Panels(int64_t rows, int64_t width) : rows(rows), width(width), memory(rows * width) {}
+  Panels(int64_t rows, int64_t channels)
+      : rows(rows), width(padded<T>(channels)), memory(rows * width, width != channels) {}
   int64_t columns(int64_t first) const { return std::min(PANEL<T>, width - first); }
   // Where row `row` of the panel begins whose first column is `first`.
   T* at(int64_t row, int64_t first) { return memory.data() + first * rows + row * columns(first); }

@@ -75,14 +75,14 @@ void over_tasks(const Rows& s, const F& f) {
   });
 }
 
-// Task t of [T, ...].
+// Task t of [T, ...], whose tasks are contiguous but may lie apart.
 template <typename T>
 const T* of_task(const Tensor& x, int64_t t) {
-  return x.const_data_ptr<T>() + t * (x.numel() / x.size(0));
+  return x.const_data_ptr<T>() + t * x.stride(0);
 }
 template <typename T>
 T* of_task(Tensor& x, int64_t t) {
-  return x.data_ptr<T>() + t * (x.numel() / x.size(0));
+  return x.data_ptr<T>() + t * x.stride(0);
 }
 
 // mean and r, each [T, C].

@@ -16,8 +16,8 @@ SMALLEST = 16
 class Conv4(nn.Module):
     """Four blocks that halve an image each, then one linear layer.
 
-    Strided (28x28 only): blocks of [3x3 convolution, stride 2, padding 1; batch normalisation; activation]. 28 -> 14 -> 7, padded
-    by one row and column at the bottom right to 8, -> 4 -> 2. With 64 channels and one input channel it has 111,936 + 257 N
+    Strided (28x28 only): blocks of [3x3 convolution, stride 2, padding 1; batch normalisation; activation]. 28 -> 14 -> 7 -> 4 -> 2.
+    (The reference pads 7 to 8 at the bottom right first: a row of zeros where the padding of 1 has one already.) With 64 channels and one input channel it has 111,936 + 257 N
     parameters for N classes (113,221 at N = 5).
 
     Pooled: blocks of [3x3 convolution, padding 1; batch normalisation; activation; 2x2 maximum]. 84 -> 42 -> 21 -> 10 -> 5. With 32
@@ -64,16 +64,13 @@ class Conv4(nn.Module):
         widths = [colours, channels, channels, channels, channels]
         between = Activation(activation, softplus_beta)
         self.blocks = nn.ModuleList(_block(a, b, pooled, between) for a, b in pairwise(widths))
-        self.pad = None if pooled else nn.ZeroPad2d((0, 1, 0, 1))
         left = (height // 16) * (width // 16) if pooled else 4
         self.head = nn.Linear(left * channels, way)
 
     def forward(self, x: Tensor) -> Tensor:
         """`[n, C, H, W] -> [n, N]` logits."""
-        for index, block in enumerate(self.blocks):
+        for block in self.blocks:
             x = block(x)
-            if index == 1 and self.pad is not None:
-                x = self.pad(x)
         return self.head(x.flatten(1))  # type: ignore[no-any-return]
 
 
