@@ -48,11 +48,11 @@ test-full: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
 	@mkdir -p $(BENCH)
-	$(BIN)/python benchmarks/meta_gradient.py --json $(BENCH)/meta_gradient.json
+	$(BIN)/python benchmarks/meta_gradient.py --repeats 5 --json $(BENCH)/meta_gradient.json
 	$(BIN)/python benchmarks/memory.py --runs 1 --inner 1 16 100 --heaps apart --json $(BENCH)/memory.json --png $(BENCH)/memory.png
 	$(BIN)/python benchmarks/cost_of_accuracy.py --json $(BENCH)/cost_of_accuracy.json --png $(BENCH)/cost_of_accuracy.png
 	$(BIN)/imaml prepare glyphs --out data/glyphs
-	$(BIN)/python benchmarks/scaling.py --json $(BENCH)/scaling.json
+	$(BIN)/python benchmarks/scaling.py --repeats 5 --json $(BENCH)/scaling.json
 	$(BIN)/python benchmarks/reduction.py --json $(BENCH)/reduction.json
 	$(BIN)/python benchmarks/data.py --json $(BENCH)/data.json
 	$(BIN)/python benchmarks/recovery.py --data data/glyphs --json $(BENCH)/recovery.json
