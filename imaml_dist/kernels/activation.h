@@ -21,11 +21,11 @@ struct Lane {
   using bits = bit;
 };
 template <>
-struct Lane<Floats> : Lane<float> {
+struct Lane<Register<float>> : Lane<float> {
   typedef uint32_t bits __attribute__((vector_size(IMAML_REGISTER)));
 };
 template <>
-struct Lane<Doubles> : Lane<double> {
+struct Lane<Register<double>> : Lane<double> {
   typedef uint64_t bits __attribute__((vector_size(IMAML_REGISTER)));
 };
 

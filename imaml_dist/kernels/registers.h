@@ -18,10 +18,12 @@ namespace imaml {
 #else
 #define IMAML_REGISTER 16
 #endif
-typedef float Floats __attribute__((vector_size(IMAML_REGISTER)));
-typedef double Doubles __attribute__((vector_size(IMAML_REGISTER)));
-template <typename T>
-using Register = std::conditional_t<std::is_same_v<T, float>, Floats, Doubles>;
+template <typename T, int bytes>
+struct Vector {
+  typedef T type __attribute__((vector_size(bytes)));
+};
+template <typename T, int bytes = IMAML_REGISTER>
+using Register = typename Vector<T, bytes>::type;
 
 template <typename V, typename T>
 V load(const T* from) {
@@ -37,7 +39,9 @@ void store(T* to, const V& value) {
 // f(0), ..., f(N - 1), of numbers that the compiler knows: a loop may leave it with registers that it keeps in memory.
 template <int N, typename F>
 [[gnu::always_inline]] inline void unrolled(const F& f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) { (f(std::integral_constant<int, i>()), ...); }(std::make_integer_sequence<int, N>());
+  [&]<int... i>(std::integer_sequence<int, i...>) {
+    (f(std::integral_constant<int, i>()), ...);
+  }(std::make_integer_sequence<int, N>());
 }
 
 // N registers that are treated as one, so that a pass over rows reads longer pieces of memory.
@@ -65,12 +69,14 @@ template <typename V, typename T>
   requires requires { V::r; }
 V load(const T* from) {
   V value;
-  unrolled<sizeof(value) / sizeof(value.r[0])>([&](auto i) { value.r[i] = load<Register<T>>(from + i * (sizeof(value.r[0]) / sizeof(T))); });
+  constexpr int lanes = sizeof(value.r[0]) / sizeof(T);
+  unrolled<sizeof(value) / sizeof(value.r[0])>([&](auto i) { value.r[i] = load<Register<T>>(from + i * lanes); });
   return value;
 }
 template <typename T, int N>
 void store(T* to, const Wide<T, N>& value) {
-  unrolled<N>([&](auto i) { store(to + i * (sizeof(value.r[0]) / sizeof(T)), value.r[i]); });
+  constexpr int lanes = sizeof(value.r[0]) / sizeof(T);
+  unrolled<N>([&](auto i) { store(to + i * lanes, value.r[i]); });
 }
 
 // g where y is positive or nan, zero elsewhere.
@@ -85,8 +91,8 @@ Wide<T, N> where_positive(const Wide<T, N>& g, const Wide<T, N>& y) {
   return c;
 }
 
-// f(zero, rows [begin, end), channel) for blocks of rows from `first` to `last`, and in them for channels, as many at once as `zero` holds: `many`
-// registers, one, or a single channel.
+// f(zero, rows [begin, end), channel) for blocks of rows from `first` to `last`, and in them for channels, as many at once as `zero`
+// holds: `many` registers, one, or a single channel.
 template <typename T, int many, typename F>
 void over_blocks(int64_t first, int64_t last, int64_t channels, const F& f) {
   constexpr int64_t block = 64, one = sizeof(Register<T>) / sizeof(T);
@@ -111,12 +117,13 @@ V interleaved(const V& a, const V& b, std::index_sequence<i...>) {
 #endif
 }
 
-// to(j)[i] = from(i)[j] for i < rows, j < columns; from(i) and to(j) are where rows begin. The shorter side is gone through in the
-// inner loop, so that a line of the cache is done with before others take its place.
-template <typename T, typename From, typename To>
+// to(j)[i] = from(i)[j] for i < rows, j < columns; from(i) and to(j) are where rows begin. In squares of a register's side, the shorter
+// way through them in the inner loop, so that a line of the cache is done with before others take its place; what they leave over
+// in squares of half the side, and what the smallest leave over number by number.
+template <typename T, int bytes = IMAML_REGISTER, typename From, typename To>
 void transpose(int64_t rows, int64_t columns, const From& from, const To& to) {
-  using V = Register<T>;
-  constexpr int64_t lanes = sizeof(V) / sizeof(T);
+  using V = Register<T, bytes>;
+  constexpr int64_t lanes = bytes / sizeof(T);
   constexpr auto each = std::make_index_sequence<lanes>();
   const int64_t whole_rows = rows / lanes * lanes, whole_columns = columns / lanes * lanes;
   const auto square = [&](int64_t i, int64_t j) {
@@ -142,10 +149,19 @@ void transpose(int64_t rows, int64_t columns, const From& from, const To& to) {
   else
     for (int64_t i = 0; i < whole_rows; i += lanes)
       for (int64_t j = 0; j < whole_columns; j += lanes) square(i, j);
-  for (int64_t j = 0; j < columns; ++j) {
-    T* out = to(j);
-    for (int64_t i = j < whole_columns ? whole_rows : 0; i < rows; ++i) out[i] = from(i)[j];
-  }
+  const auto rest = [&](int64_t i, int64_t until, int64_t j, int64_t end) {
+    if (i == until || j == end) return;
+    if constexpr (lanes > 4)
+      transpose<T, bytes / 2>(
+          until - i, end - j, [&](int64_t r) { return from(i + r) + j; }, [&](int64_t r) { return to(j + r) + i; });
+    else
+      for (; j < end; ++j) {
+        T* out = to(j);
+        for (int64_t r = i; r < until; ++r) out[r] = from(r)[j];
+      }
+  };
+  rest(whole_rows, rows, 0, whole_columns);
+  rest(0, rows, whole_columns, columns);
 }
 
 }  // namespace imaml

@@ -28,7 +28,8 @@ void over_tasks(int64_t tasks, const F& f) {
     at::parallel_for(0, tasks, 1, f);
 }
 
-// Zeros at first, if it is asked for; begins where a register's worth of memory begins, so that no load of one touches two lines of the cache.
+// Zeros at first, if it is asked for; begins where a register's worth of memory begins, so that no load of one touches two lines of
+// the cache.
 template <typename T>
 struct Buffer {
   int64_t size;

@@ -17,8 +17,8 @@ class Conv4(nn.Module):
     """Four blocks that halve an image each, then one linear layer.
 
     Strided (28x28 only): blocks of [3x3 convolution, stride 2, padding 1; batch normalisation; activation]. 28 -> 14 -> 7 -> 4 -> 2.
-    (The reference pads 7 to 8 at the bottom right first: a row of zeros where the padding of 1 has one already.) With 64 channels and one input channel it has 111,936 + 257 N
-    parameters for N classes (113,221 at N = 5).
+    (The reference pads 7 to 8 at the bottom right first: a row of zeros where the padding of 1 has one already.) With 64 channels
+    and one input channel it has 111,936 + 257 N parameters for N classes (113,221 at N = 5).
 
     Pooled: blocks of [3x3 convolution, padding 1; batch normalisation; activation; 2x2 maximum]. 84 -> 42 -> 21 -> 10 -> 5. With 32
     channels and three input channels it has 28,896 + 801 N parameters at 84x84 (32,901 at N = 5).
