@@ -129,7 +129,7 @@ def flops(compute: Callable[[], Any]) -> int:
     """Of convolutions and matrix products."""
     with FlopCounterMode(display=False) as counter:
         compute()
-    return counter.get_total_flops()
+    return int(counter.get_total_flops())
 
 
 def timed(compute: Callable[[], Any]) -> float:
@@ -190,7 +190,8 @@ def inner(
 ) -> list[dict[str, Any]]:
     """Error, by operator, and cost of every inner solver at every number of steps."""
     # Away from the minimum the Hessian may be indefinite, which conjugate gradient could not solve.
-    to_the_end = {"hessian": Minres(max_iterations=problems[0].anchor.shape[1], rtol=1e-10), "gauss_newton": Dual()}
+    minres = Minres(max_iterations=problems[0].anchor.shape[1], rtol=1e-10)
+    to_the_end: dict[Operator, LinearSolver] = {"hessian": minres, "gauss_newton": Dual()}
     chosen = [
         (name, steps, make(steps)) for name, (make, all_steps) in INNER.items() for steps in all_steps if steps <= most
     ]

@@ -117,15 +117,15 @@ def plain_webdataset(shards: list[str], shape: tuple[int, int, int], uses: int) 
             images.append(sample["bin"])
 
     coming = classes()
-    buffer = [[next(coming), 0] for _ in range(BUFFER)]
+    buffer, left = [next(coming) for _ in range(BUFFER)], [uses] * BUFFER
     while True:
         pixels = []
         for place in draw.sample(range(BUFFER), WAY):
-            chosen = draw.sample(buffer[place][0], SHOT + QUERY)
+            chosen = draw.sample(buffer[place], SHOT + QUERY)
             pixels += [np.frombuffer(image, np.uint8).reshape(height, width, channels) for image in chosen]
-            buffer[place][1] += 1
-            if buffer[place][1] == uses:
-                buffer[place] = [next(coming), 0]
+            left[place] -= 1
+            if left[place] == 0:
+                buffer[place], left[place] = next(coming), uses
         torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).float().div_(255).contiguous()
         yield 1
 
@@ -169,7 +169,7 @@ def cold(options: StorageOptions) -> float:
 def worker(rank: int, folder: Path, endpoint: str, cache: str) -> None:
     """One of two that train."""
     dist.init_process_group("gloo", init_method=f"file://{folder / 'rendezvous'}", rank=rank, world_size=2)
-    config = configuration("s3://bench/data", 12, 2, "exact")
+    config = configuration("s3://bench/data", steps=12, workers=2, reduction="exact", tasks=TASKS)
     storage = config.storage.model_copy(update={"endpoint": endpoint, "cache": cache})
     run = RunDirectory(folder / "run")
     if rank == 0:
@@ -183,7 +183,7 @@ def worker(rank: int, folder: Path, endpoint: str, cache: str) -> None:
 def share_of_a_step(options: StorageOptions, cache: Path) -> dict[str, float]:
     """Milliseconds of a training step, and of those the ones spent waiting for episodes."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(worker, (Path(folder), options.endpoint, str(cache)), nprocs=2)
+        mp.spawn(worker, (Path(folder), options.endpoint, str(cache)), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
         records = metrics_file.read(RunDirectory(Path(folder) / "run").metrics_file)[1:]
     step, data = (statistics.median(1e3 * r[key] for r in records) for key in ("seconds_step", "seconds_data"))
     return {"ms_step": step, "ms_data": data, "share": data / step}
@@ -220,7 +220,7 @@ def main() -> None:
             print(".", end="", flush=True)
         remote.close()
         training = share_of_a_step(server, cache)
-    rows = {
+    rows: dict[str, dict[str, Any]] = {
         name: {
             "episodes_per_second": statistics.median(turn[name] for turn in turns),
             "spread": [min(turn[name] for turn in turns), max(turn[name] for turn in turns)],
@@ -233,9 +233,8 @@ def main() -> None:
         spread = "({:.0f}..{:.0f})".format(*row["spread"])
         print(f"{name:20} {row['episodes_per_second']:10.0f} {spread:>16} {row['to_webdataset']:13.2f}x")
     print(
-        "\ntwo workers: {ms_data:.2f} of {ms_step:.0f} ms of a step are spent waiting for data: {share:.2%}".format(
-            **training
-        )
+        f"\ntwo workers: {training['ms_data']:.2f} of {training['ms_step']:.0f} ms of a step are spent waiting for data: "
+        f"{training['share']:.2%}"
     )
     if options.json:
         report = {**facts(), "repeats": options.repeats, "rows": rows, "training": training}

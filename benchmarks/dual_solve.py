@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,10 @@ from imaml_dist.models.functional import FunctionalModel
 
 LAM = 0.1
 
-SOLVES = {"dual": dual_gauss_newton, "cg": partial(conjugate_gradient, max_iterations=5)}
+SOLVES: dict[str, Callable[..., LinearSolution]] = {
+    "dual": dual_gauss_newton,
+    "cg": partial(conjugate_gradient, max_iterations=5),
+}
 
 
 def network(way: int, normalisation: str) -> nn.Module:
@@ -40,6 +44,7 @@ def network(way: int, normalisation: str) -> nn.Module:
     torch.manual_seed(0)
     model = Conv4((1, 28, 28), way)
     for block in model.blocks:
+        assert isinstance(block, nn.Sequential) and isinstance(block[0], nn.Conv2d)
         if normalisation == "group":
             block[1] = nn.Sequential(nn.GroupNorm(8, block[0].out_channels), nn.ReLU())
         elif normalisation == "none":

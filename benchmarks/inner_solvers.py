@@ -86,7 +86,10 @@ def main() -> None:
     prepare_process(config)
     source = make_source(config, open_dataset(config), "test")
     learner = make_learner(config, source.image_shape)
-    tensors = run.newest_checkpoint()[0]
+    checkpoint = run.newest_checkpoint()
+    if checkpoint is None:
+        raise SystemExit(f"{options.run} has no checkpoint; train it first")
+    tensors = checkpoint[0]
     meta_parameters(learner).load({name: value.double() for name, value in tensors.items()})
     episodes = source.episodes(0, range(options.tasks))
     rows: list[dict[str, Any]] = []

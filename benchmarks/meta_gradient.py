@@ -110,7 +110,7 @@ def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float, steps: int
 
     solve = getattr(torchopt.linear_solve, solver)(maxiter=cg_steps, atol=0.0)
 
-    class Task(torchopt.nn.ImplicitMetaGradientModule, linear_solve=solve):  # type: ignore[misc]
+    class Task(torchopt.nn.ImplicitMetaGradientModule, linear_solve=solve):  # type: ignore[misc, call-arg]
         def __init__(self, model: nn.Module) -> None:
             super().__init__()
             self.meta = model
@@ -121,7 +121,8 @@ def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float, steps: int
         def objective(self, x: Tensor, y: Tensor) -> Tensor:
             pairs = zip(self.net.parameters(), self.meta.parameters(), strict=True)
             pull = sum((p - q).square().sum() for p, q in pairs)
-            return cross_entropy(self.net(x), y) + 0.5 * lam * pull
+            total: Tensor = cross_entropy(self.net(x), y) + 0.5 * lam * pull
+            return total
 
         def solve(self, x: Tensor, y: Tensor) -> Any:
             own = tuple(self.net.parameters())
@@ -130,7 +131,7 @@ def torchopt_imaml(solver: str, cg_steps: int, lam: float, lr: float, steps: int
                 for _ in range(steps):
                     loss = self.objective(x, y)
                     optimizer.zero_grad()
-                    loss.backward(inputs=own)
+                    loss.backward(inputs=own)  # type: ignore[no-untyped-call]
                     optimizer.step()
             return self
 

@@ -27,7 +27,7 @@ import math
 import statistics
 import time
 from collections.abc import Iterable
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -79,7 +79,7 @@ def run_stage(options: argparse.Namespace, cells: dict[str, list[str]], deadline
             missing[name] = (overrides, file)
     # Not by fork, which torch's threads do not survive; one cell a process, for memory that was freed is not given back.
     with ProcessPoolExecutor(options.processes, get_context("spawn"), max_tasks_per_child=1) as pool:
-        waiting = {}
+        waiting: dict[Future[Cell], str] = {}
         queue = iter(missing.items())
         while True:
             while len(waiting) < options.processes and time.monotonic() < deadline and (one := next(queue, None)):

@@ -84,7 +84,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         out = mp.get_context("spawn").Queue()
         arguments = (options.workers, f"{folder}/rendezvous", options.repeats, out)
-        processes = mp.spawn(process, arguments, nprocs=options.workers, join=False)
+        processes = mp.spawn(process, arguments, nprocs=options.workers, join=False)  # type: ignore[attr-defined, no-untyped-call]
         measured = out.get()
         processes.join()
     rows = []

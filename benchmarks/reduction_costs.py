@@ -54,7 +54,7 @@ def reductions(repeats: int) -> list[dict[str, float]]:
         with tempfile.TemporaryDirectory() as folder:
             out = mp.get_context("spawn").Queue()
             arguments = (world, f"{folder}/rendezvous", repeats, out)
-            processes = mp.spawn(reduce_process, arguments, nprocs=world, join=False)
+            processes = mp.spawn(reduce_process, arguments, nprocs=world, join=False)  # type: ignore[attr-defined, no-untyped-call]
             found += out.get()
             while not processes.join():
                 pass

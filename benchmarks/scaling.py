@@ -157,7 +157,7 @@ def lateness(folder: Path, repeats: int) -> list[float]:
 def measured(data: str, steps: int, repeats: int) -> dict[str, Any]:
     """The report: what was measured and what it depends on."""
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(process, (Path(folder), data, steps, repeats), nprocs=2)
+        mp.spawn(process, (Path(folder), data, steps, repeats), nprocs=2)  # type: ignore[attr-defined, no-untyped-call]
         print()
         rows, late = summarised(Path(folder), repeats), lateness(Path(folder), repeats)
     return {
