@@ -30,8 +30,7 @@ def cost(repeats: int) -> dict[str, dict[str, Any]]:
     running = {}
     for name in NAMES:
         model, episodes = work("5w1s", torch.float32, 4)
-        blocks = model.get_submodule("blocks")
-        for block in blocks.children():
+        for block in model.get_submodule("blocks").children():
             block.get_submodule("1").activation = Activation(name)
         compute = ours("native" if native.usable() else "vmap", CG_STEPS, LAM, LR)
         compute(model, episodes)

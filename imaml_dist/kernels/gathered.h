@@ -106,7 +106,7 @@ void gathered_tile(const Gather& g, int64_t depth, const T* const* in, const T* 
 template <typename T>
 void gathered_product(const Gather& g, int64_t images, const T* in, int64_t size_in, int64_t depth, Panels<T>& matrix,
                       const T* start, T* out, int64_t size_out, int64_t channels) {
-  const int64_t width = padded<T>(channels), rows = images * g.rows(), registers = width / LANES<T>;
+  const int64_t width = matrix.width, rows = images * g.rows(), registers = width / LANES<T>;
   const int64_t grain = WORTH_A_THREAD / (TALL * g.entries() * depth * width + 1) + 1;
   const std::vector<T> zeros(depth);
   at::parallel_for(0, (rows + TALL - 1) / TALL, grain, [&](int64_t begin, int64_t end) {
@@ -166,7 +166,7 @@ template <typename T>
 void gathered_outer(const Gather& g, int64_t images, const T* x, int64_t size_x, int64_t depth, const T* y,
                     Panels<T>& matrix, int64_t channels) {
   constexpr int64_t block = 128;
-  const int64_t width = padded<T>(channels), rows = images * g.rows(), registers = width / LANES<T>;
+  const int64_t width = matrix.width, rows = images * g.rows(), registers = width / LANES<T>;
   const int64_t tiles = (depth + TALL - 1) / TALL, grain = WORTH_A_THREAD / (rows * TALL * width + 1) + 1;
   at::parallel_for(0, g.entries() * tiles, grain, [&](int64_t begin, int64_t end) {
     std::vector<int64_t> xs(block), ys(block);
